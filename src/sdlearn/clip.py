@@ -1,0 +1,145 @@
+"""tokens -> context: CLIP's text encoder, its image tower, and the contrastive loss. Chapter 03, book/03_clip.ipynb."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdlearn.attention import Attention
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x): the approximation of GELU that CLIP was trained with. Hendrycks & Gimpel 2016, section 2."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class CLIPLayer(nn.Module):
+    """A pre-LayerNorm transformer layer: attention, then two linear layers, each with a way around it."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.self_attn = Attention(width, heads, bias=True)
+        self.layer_norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), causal=causal)
+        return x + self.fc2(quick_gelu(self.fc1(self.layer_norm2(x))))
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """The sizes of a text encoder; the defaults are CLIP ViT-L/14's, which Stable Diffusion 1.5 uses."""
+
+    vocab: int = 49408
+    positions: int = 77
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+
+
+class CLIPTextEncoder(nn.Module):
+    """tokens (B, S) -> context (B, S, D): every token, knowing the tokens before it. Radford et al. 2021, section 2.4."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab, config.width)
+        self.position_embedding = nn.Embedding(config.positions, config.width)
+        self.layers = nn.ModuleList(CLIPLayer(config.width, config.heads) for _ in range(config.layers))
+        self.final_layer_norm = nn.LayerNorm(config.width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding.weight, std=0.01)
+
+    def hidden_states(self, tokens: Tensor) -> list[Tensor]:
+        """The embedding and the output of each layer: layers + 1 tensors (B, S, D), before the final LayerNorm."""
+        if tokens.shape[-1] > self.config.positions:
+            raise ValueError(f"{tokens.shape[-1]} tokens do not fit into {self.config.positions} positions: truncate them")
+        x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[-1]]
+        states = [x]
+        for layer in self.layers:
+            states.append(layer(states[-1], causal=True))
+        return states
+
+    def forward(self, tokens: Tensor, skip: int = 0) -> Tensor:
+        """The context; `skip` leaves out that many of the last layers ("clip skip")."""
+        if not 0 <= skip <= self.config.layers:
+            raise ValueError(f"skip is {skip}: choose 0 to {self.config.layers}, the number of layers to leave out")
+        return self.final_layer_norm(self.hidden_states(tokens)[-1 - skip])
+
+    def pool(self, tokens: Tensor, context: Tensor) -> Tensor:
+        """The context at the first end token, which has seen the whole text: (B, D). The end token is the last of the vocabulary."""
+        end = (tokens == self.config.vocab - 1).int().argmax(dim=-1)
+        return context[torch.arange(len(context), device=context.device), end]
+
+
+@dataclass(frozen=True)
+class CLIPImageConfig:
+    """The sizes of an image tower; the defaults are CLIP ViT-L/14's."""
+
+    size: int = 224
+    patch: int = 14
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+
+
+class CLIPImageEncoder(nn.Module):
+    """image (B, 3, size, size) -> one vector (B, D): a Vision Transformer. Dosovitskiy et al. 2021, section 3.1."""
+
+    def __init__(self, config: CLIPImageConfig):
+        super().__init__()
+        self.config = config
+        scale = config.width**-0.5
+        self.class_embedding = nn.Parameter(scale * torch.randn(config.width))
+        self.patch_embedding = nn.Conv2d(3, config.width, config.patch, stride=config.patch, bias=False)
+        self.position_embedding = nn.Embedding((config.size // config.patch) ** 2 + 1, config.width)
+        self.pre_layernorm = nn.LayerNorm(config.width)
+        self.layers = nn.ModuleList(CLIPLayer(config.width, config.heads) for _ in range(config.layers))
+        self.post_layernorm = nn.LayerNorm(config.width)
+        nn.init.normal_(self.position_embedding.weight, std=scale)
+
+    def forward(self, image: Tensor) -> Tensor:
+        patches = self.patch_embedding(image).flatten(2).transpose(1, 2)  # (B, T, D)
+        first = self.class_embedding.expand(len(image), 1, -1).to(patches)
+        x = self.pre_layernorm(torch.cat([first, patches], dim=1) + self.position_embedding.weight)
+        for layer in self.layers:
+            x = layer(x)
+        return self.post_layernorm(x[:, 0])
+
+
+class CLIP(nn.Module):
+    """Two towers that put matching pictures and sentences in the same direction. Radford et al. 2021, figure 3."""
+
+    def __init__(self, text: CLIPTextConfig, image: CLIPImageConfig, projection: int):
+        super().__init__()
+        self.text_encoder = CLIPTextEncoder(text)
+        self.image_encoder = CLIPImageEncoder(image)
+        self.text_projection = nn.Linear(text.width, projection, bias=False)
+        self.visual_projection = nn.Linear(image.width, projection, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        nn.init.normal_(self.text_projection.weight, std=text.width**-0.5)
+        nn.init.normal_(self.visual_projection.weight, std=image.width**-0.5)
+
+    def embed_text(self, tokens: Tensor) -> Tensor:
+        """Unit vectors (B, projection)."""
+        pooled = self.text_encoder.pool(tokens, self.text_encoder(tokens))
+        return F.normalize(self.text_projection(pooled), dim=-1)
+
+    def embed_image(self, image: Tensor) -> Tensor:
+        """Unit vectors (B, projection) of pictures in [-1, 1]."""
+        return F.normalize(self.visual_projection(self.image_encoder(image)), dim=-1)
+
+    def forward(self, tokens: Tensor, image: Tensor) -> Tensor:
+        """Scaled cosines (texts, images)."""
+        return self.logit_scale.exp().clamp(max=100.0) * self.embed_text(tokens) @ self.embed_image(image).T
+
+
+def contrastive_loss(logits: Tensor) -> Tensor:
+    """Text i belongs to image i: cross-entropy along the rows and along the columns of logits (B, B), averaged."""
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

@@ -1,0 +1,168 @@
+"""scenes -> losses: what the VAE, CLIP and the U-Net of the tiny Stable Diffusion learn. Chapter 09, book/09_training.ipynb."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sdlearn.clip import CLIP, CLIPTextEncoder, contrastive_loss
+from sdlearn.scenes import BACKGROUNDS, COLOURS, SIZE, Scene, random_scene, random_thing, split_of
+from sdlearn.schedule import Schedule, add_noise, training_target
+from sdlearn.tokenizer import Tokenizer
+from sdlearn.training import Task, save_atomically
+from sdlearn.unet import UNet
+from sdlearn.vae import VAE
+
+
+def to_tensor(picture: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(picture).permute(2, 0, 1).float() / 127.5 - 1
+
+
+class VAETask(Task):
+    """Give the picture back after squeezing it through the latents; chapter 05 explains the losses."""
+
+    def __init__(self, vae: VAE, crop: int | None = None, kl: float = 3e-4):
+        super().__init__()
+        self.vae, self.crop, self.kl = vae, crop, kl
+
+    def examples(self, count: int, rng: random.Random) -> dict[str, Tensor]:
+        return {"image": torch.stack([self.crop_of(random_scene(rng), rng) for _ in range(count)])}
+
+    def crop_of(self, scene: Scene, rng: random.Random) -> Tensor:
+        """The whole picture, or a square of it near one of its things."""
+        image = to_tensor(scene.render())
+        if self.crop is None:
+            return image
+        thing, half, room = rng.choice(scene.things), self.crop // 2, SIZE - self.crop
+        left, top = (min(max(at - half + rng.randint(-28, 28), 0), room) for at in (thing.x, thing.y))
+        return image[:, top : top + self.crop, left : left + self.crop]
+
+    def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        image = batch["image"].contiguous(memory_format=torch.channels_last)
+        latents = self.vae.encode(image)
+        error = self.vae.decode(self.vae.config.scale * latents.sample(generator)).float() - image
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        absolute, squared = error.abs().mean(), error.square().mean()
+        kl = latents.kl().float().mean() / latents.mean[0].numel()  # nats for each latent number
+        loss = absolute + 4 * squared + 0.5 * edges + self.kl * kl
+        return {"loss": loss, "absolute": absolute, "psnr": 10 * (4 / squared).log10(), "kl": kl}
+
+
+def scene_tokenizer() -> Tokenizer:
+    """The tiny model's vocabulary: learned from 5,000 captions, every word of the world is one token (chapter 01)."""
+    rng = random.Random(0)
+    return Tokenizer.train(random_scene(rng).caption(rng) for _ in range(5000))
+
+
+def family(rng: random.Random) -> list[Scene]:
+    """A scene and three that differ from it in one thing each: the hard negatives of Yuksekgonul et al. 2023, section 4."""
+    scene = random_scene(rng)
+    thing = rng.randrange(len(scene.things))
+
+    def changed(**attributes: str | None) -> Scene:
+        things = list(scene.things)
+        things[thing] = replace(things[thing], **attributes)
+        return replace(scene, things=tuple(things))
+
+    other = random_thing(rng)
+    another = [name for name in BACKGROUNDS if name != scene.background]
+    colours = [name for name in COLOURS if name != scene.things[thing].colour]
+    scenes = [
+        scene,
+        scene.mirrored() if len(scene.things) == 2 else replace(scene, background=rng.choice(another)),
+        changed(name=other.name, colour=other.colour),
+        changed(colour=rng.choice(colours)) if scene.things[thing].colour else replace(scene, background=rng.choice(another)),
+    ]
+    if len({x.name for x in scenes[2].things}) == len(scene.things) and {split_of(x) for x in scenes} == {"train"}:
+        return scenes
+    return family(rng)
+
+
+class CLIPTask(Task):
+    """Find the right sentence for every picture and the right picture for every sentence; chapter 03."""
+
+    def __init__(self, clip: CLIP, tokenizer: Tokenizer):
+        super().__init__()
+        self.clip, self.tokenizer = clip, tokenizer
+
+    def examples(self, count: int, rng: random.Random) -> dict[str, Tensor]:
+        scenes, captions = [], []
+        for _ in range(count // 4):
+            exact = rng.random() < 0.75
+            for scene in family(rng):
+                scenes.append(scene)
+                captions.append((scene.turned() if rng.random() < 0.5 else scene).sentence() if exact else scene.caption(rng))
+        tokens = self.tokenizer(captions)
+        longest = int((tokens == self.tokenizer.eos).int().argmax(dim=1).max()) + 1  # what follows cannot change the end token
+        return {"tokens": tokens[:, :longest], "image": torch.stack([to_tensor(scene.render()) for scene in scenes])}
+
+    def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        logits = self.clip(batch["tokens"], batch["image"]).float()
+        right = torch.arange(len(logits), device=logits.device)
+        return {"loss": contrastive_loss(logits), "images_found": (logits.argmax(1) == right).float().mean(),
+                "texts_found": (logits.argmax(0) == right).float().mean()}
+
+
+
+def numbered_scene(number: int) -> Scene:
+    """Training scene number so-and-so: the same for everyone."""
+    return random_scene(random.Random(number))
+
+
+@torch.inference_mode()
+def encode_scenes(vae: VAE, numbers: range, batch: int = 32) -> Tensor:
+    """The latents of numbered scenes, before the scale: (N, 4, 16, 16) float16. The mean stands for the narrow Gaussian."""
+    device = next(vae.parameters()).device
+    chunks = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
+    pictures = (torch.stack([to_tensor(numbered_scene(n).render()) for n in chunk]) for chunk in chunks)
+    return torch.cat([vae.encode(x.to(device)).mean.half().cpu() for x in pictures])
+
+
+def latent_bank(vae: VAE, count: int, path: Path, chunk: int = 2048) -> Tensor:
+    """encode_scenes of the first `count` scenes, kept in a file that an interrupted or a larger run goes on with."""
+    bank = torch.load(path, weights_only=True) if path.exists() else torch.empty(0)
+    while len(bank) < count:
+        more = encode_scenes(vae, range(len(bank), min(len(bank) + chunk, count)))
+        bank = torch.cat([bank.half(), more]) if len(bank) else more
+        save_atomically(lambda part, bank=bank: torch.save(bank, part), path)
+    return bank[:count]
+
+
+def loss_weights(schedule: Schedule, most: float = 10.0, floor: float = 0.05) -> Tensor:
+    """How much the squared error of eps counts at each t: (steps,), mean 1.
+
+    Plain eps-loss hardly counts a wrong x0 where noise is strong, and that is where the words decide what goes where. The
+    weight (min(snr, most) + 1) / (snr + floor) follows Hang et al. 2023 (section 3.4) at low noise, v-prediction at high noise.
+    """
+    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
+    weights = (snr.clamp(max=most) + 1) / (snr + floor)
+    return weights / weights.mean()
+
+
+class DenoiseTask(Task):
+    """Tell the noise in noisy latents, given the words; Ho et al. 2020, algorithm 1. One caption in ten is empty (chapter 10)."""
+
+    def __init__(self, unet: UNet, text_encoder: CLIPTextEncoder, tokenizer: Tokenizer, latents: Tensor,
+                 schedule: Schedule, drop: float = 0.1, joint: bool = False):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder.requires_grad_(joint)
+        self.tokenizer, self.latents, self.schedule, self.drop = tokenizer, latents, schedule, drop
+        self.register_buffer("weights", loss_weights(schedule), persistent=False)
+
+    def examples(self, count: int, rng: random.Random) -> dict[str, Tensor]:
+        numbers = [rng.randrange(len(self.latents)) for _ in range(count)]
+        captions = ["" if rng.random() < self.drop else numbered_scene(n).caption(rng) for n in numbers]
+        return {"latents": self.latents[numbers].float(), "tokens": self.tokenizer(captions)}
+
+    def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        x0 = batch["latents"]
+        t = torch.randint(self.schedule.steps, (len(x0),), generator=generator).to(x0.device)
+        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        xt = add_noise(self.schedule, x0, noise, t).contiguous(memory_format=torch.channels_last)
+        output = self.unet(xt, t, self.text_encoder(batch["tokens"])).float()
+        error = (output - training_target(self.schedule, x0, noise, t)).square().mean(dim=(1, 2, 3))
+        return {"loss": (self.weights[t] * error).mean(), "plain": error.mean()}

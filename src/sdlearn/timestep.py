@@ -1,0 +1,34 @@
+"""t -> vector: sinusoidal time embeddings. Chapter 06, book/06_time.ipynb."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """Timesteps t (B,) -> [cos(t f), sin(t f)] (B, width) in float32, with frequencies f_i = max_period^(-i / (width / 2)).
+
+    Vaswani et al. 2017, section 3.5; cosines come first, as in CompVis/stable-diffusion `ldm/modules/diffusionmodules/util.py`.
+    """
+    if width % 2:
+        raise ValueError(f"width {width} is odd: half of it are cosines, half sines, so choose an even width")
+    half = width // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies  # (B, width / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Two linear layers on the sinusoids: (B, width) -> (B, time_width); 320 -> 1280 in SD 1.5."""
+
+    def __init__(self, width: int, time_width: int):
+        super().__init__()
+        self.width = width
+        self.linear_1 = nn.Linear(width, time_width)
+        self.linear_2 = nn.Linear(time_width, time_width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        sinusoids = timestep_embedding(t, self.width).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(sinusoids)))  # (B, E)

@@ -1,0 +1,133 @@
+"""recipes -> checkpoints/tiny: the sizes of the tiny Stable Diffusion and the stages of its training. Chapter 09, book/09_training.ipynb."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig
+from sdlearn.schedule import Schedule
+from sdlearn.tasks import CLIPTask, DenoiseTask, VAETask, latent_bank, scene_tokenizer
+from sdlearn.tokenizer import Tokenizer
+from sdlearn.training import Recipe, Task, averaged_weights, fastest_precision, saved_recipe, train
+from sdlearn.unet import UNet, UNetConfig
+from sdlearn.vae import VAE, VAEConfig
+from sdlearn.weights import save_clip, save_pipeline
+
+SCHEDULE = Schedule()
+VAE_SIZES = VAEConfig(channels=(16, 48, 96, 192), blocks=1, groups=8, scale=1.0)  # the scale is measured when training ends
+IMAGE_SIZES = CLIPImageConfig(size=128, patch=16, width=128, layers=4, heads=4)
+UNET_SIZES = UNetConfig((96, 192, 224), attention=(False, True, True), heads=(3, 6, 7), blocks=1, context_width=192)
+
+
+def text_sizes(tokenizer: Tokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(vocab=len(tokenizer), width=192, layers=4, heads=6)
+
+
+STAGES = {  # in the order of training, as for Stable Diffusion itself
+    "clip": Recipe(steps=1_500, batch=128, lr=1e-3, ema=0.998, decay=0.05, cooldown=300),
+    "vae": Recipe(steps=8_000, batch=8, lr=1e-3, ema=0.998),
+    "decoder": Recipe(steps=4_000, batch=6, lr=7e-4, ema=0.998, cooldown=1_000),
+    "unet": Recipe(steps=20_000, batch=32, lr=7e-4, ema=0.9995, cooldown=2_000),
+}
+BANK = 49_152  # training scenes whose latents are computed once
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """Convolutions are faster when the channels of a pixel lie side by side in memory."""
+    return model.to(memory_format=torch.channels_last)
+
+
+def trained(task: Task, runs: Path, stage: str) -> Task:
+    """The task with the averaged weights of a finished (or interrupted) stage."""
+    weights = averaged_weights(runs / stage / "state.pt")
+    task.load_state_dict(weights, strict=False)
+    return task.eval()
+
+
+def make_clip(runs: Path | None = None) -> CLIPTask:
+    tokenizer = scene_tokenizer()
+    task = CLIPTask(CLIP(text_sizes(tokenizer), IMAGE_SIZES, projection=128), tokenizer)
+    return trained(task, runs, "clip") if runs else task
+
+
+def make_vae(runs: Path | None = None, crop: int | None = 64) -> VAETask:
+    task = VAETask(channels_last(VAE(VAE_SIZES)), crop)
+    return trained(task, runs, "vae") if runs else task
+
+
+def make_decoder(runs: Path) -> VAETask:
+    """The VAE with its encoder fixed, so that latents keep their meaning while pictures become sharper."""
+    task = make_vae(runs, crop=None)
+    for part in (task.vae.encoder, task.vae.quant_conv):
+        part.requires_grad_(False)
+    return task
+
+
+def best_vae(runs: Path) -> VAE:
+    """The trained VAE, with the better decoder if that stage has run, and its scale measured: 1 / std of the latents."""
+    task = make_decoder(runs)
+    if (runs / "decoder" / "state.pt").exists():
+        trained(task, runs, "decoder")
+    latents = latent_bank(task.vae, 2048, runs / "latents.pt").float()
+    task.vae.config = replace(VAE_SIZES, scale=round(1 / latents.std().item(), 5))
+    return task.vae.eval()
+
+
+def make_unet(runs: Path, bank: int = BANK) -> DenoiseTask:
+    vae, clip = best_vae(runs), make_clip(runs)
+    latents = latent_bank(vae, bank, runs / "latents.pt") * vae.config.scale
+    return DenoiseTask(channels_last(UNet(UNET_SIZES)), clip.clip.text_encoder, clip.tokenizer, latents, SCHEDULE)
+
+
+MAKE: dict[str, Callable[[Path], Task]] = {
+    "clip": lambda runs: make_clip(), "vae": lambda runs: make_vae(), "decoder": make_decoder, "unet": make_unet,
+}
+
+
+def export(runs: Path, folder: Path) -> None:
+    """Write what was trained, as a checkpoint that this package and diffusers load."""
+    clip, unet = make_clip(runs), trained(make_unet(runs, bank=2048), runs, "unet")
+    save_pipeline(folder, clip.tokenizer, unet.text_encoder, best_vae(runs), unet.unet, SCHEDULE)
+    save_clip(folder, clip.clip)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("stage", choices=[*STAGES, "export", "all"], help="what to train; all: every stage, then export")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where training keeps its state (default: runs)")
+    parser.add_argument("--to", type=Path, default=Path("checkpoints/tiny"), help="where export writes the checkpoint")
+    parser.add_argument("--steps", type=int, help="train up to this step instead of the recipe's")
+    parser.add_argument("--precision", choices=["auto", "no", "bf16", "fp16"], default="auto", help="auto: measured here")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+
+
+def main(args: argparse.Namespace) -> None:
+    """`sdlearn train STAGE`: train, or go on with, one stage or all of them."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    for stage in STAGES if args.stage == "all" else [args.stage]:
+        if stage != "export":
+            train_stage(stage, args.runs, args.steps, args.precision)
+    if args.stage in ("all", "export"):
+        export(args.runs, args.to)
+
+
+def train_stage(stage: str, runs: Path, steps: int | None, precision: str) -> None:
+    recipe = STAGES[stage]
+    torch.manual_seed(recipe.seed)
+    task = MAKE[stage](runs)
+    steps = steps or recipe.steps
+    if precision == "auto":  # an interrupted run goes on in its own precision
+        precision = saved_recipe(runs / stage / "state.pt").get("precision") or fastest_precision(task)
+    recipe = replace(recipe, steps=steps, precision=precision)
+    with tqdm(total=steps, desc=stage, unit="step", dynamic_ncols=True) as bar:
+
+        def report(step: int, scalars: dict[str, float]) -> None:
+            bar.update(step - bar.n)
+            bar.set_postfix({name: f"{scalars[name]:.3g}" for name in scalars if name not in ("lr", "norm")})
+
+        train(task, recipe, runs / stage, report=report)

@@ -1,0 +1,183 @@
+"""examples -> weights: one loop that teaches all three networks. Chapter 09, book/09_training.ipynb."""
+
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+class Task(nn.Module):
+    """What one network learns: its weights, its examples and its loss. Everything random comes from the two generators."""
+
+    def examples(self, count: int, rng: random.Random) -> dict[str, Tensor]:
+        """A batch of `count` fresh examples."""
+        raise NotImplementedError
+
+    def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """The losses of a batch, named; the one called "loss" is minimised."""
+        raise NotImplementedError
+
+    def preview(self) -> Tensor:
+        """A few pictures (B, 3, H, W) in [-1, 1] that show how far the training is."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. Everything that changes the result is here, so that a resumed run equals an unbroken one."""
+
+    steps: int
+    batch: int
+    lr: float = 1e-3
+    warmup: int = 200        # steps in which the learning rate rises from 0
+    cooldown: int = 0        # last steps, in which it falls to 0 again
+    decay: float = 0.01      # AdamW's weight decay
+    ema: float = 0.999       # the averaged weights forget with a time constant of 1 / (1 - ema) steps
+    clip: float = 1.0        # largest norm of the gradient
+    precision: str = "no"    # "no" (float32), "bf16" or "fp16"
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """The learning rate at a step, counted from 0."""
+        up = min(1.0, (step + 1) / max(self.warmup, 1))
+        down = min(1.0, (self.steps - step) / self.cooldown) if self.cooldown else 1.0
+        return self.lr * up * down
+
+
+class Average:
+    """An exponential moving average of the trained weights, float32; Song & Ermon 2020 (arXiv:2006.09011), section 5."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))  # early on, forget the random start quickly
+        mine, new = zip(*((self.weights[n], p.detach()) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+        torch._foreach_lerp_(list(mine), list(new), 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the model's weights with the averages; call it again to change back."""
+        for name, parameter in model.named_parameters():
+            if name in self.weights:
+                kept = parameter.detach().clone()
+                parameter.copy_(self.weights[name])
+                self.weights[name].copy_(kept)
+
+
+def save_atomically(write: Callable[[Path], None], path: Path) -> None:
+    """Write beside the target, flush to disk, then rename: at every moment the old file or the new one is there, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def train(task: Task, recipe: Recipe, folder: Path, *, log_every: int = 50, save_every: int = 500,
+          preview_every: int = 0, report: Callable[[int, dict[str, float]], None] = lambda step, scalars: None) -> None:
+    """Teach a task until recipe.steps; an interrupted run goes on from `folder`/state.pt and ends with the same weights.
+
+    Several processes (`accelerate launch`) share the batch between them. At the end the task holds the averaged weights.
+    """
+    from accelerate import Accelerator
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    accelerator = Accelerator(mixed_precision=recipe.precision, log_with="tensorboard", project_dir=folder)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if recipe.batch % world:
+        raise ValueError(f"a batch of {recipe.batch} does not divide among {world} processes: choose a multiple of {world}")
+    learned = [p for p in task.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.decay)
+    average = Average(task.to(accelerator.device), recipe.ema)
+    first = resume(folder / "state.pt", task, optimizer, average, recipe)
+    model, optimizer = accelerator.prepare(task, optimizer)
+    accelerator.init_trackers("tensorboard")
+    on_cpu = accelerator.device.type == "cpu"  # where attention's plain form has the faster backward pass
+    kernels = [SDPBackend.MATH] if on_cpu else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    started = time.perf_counter()
+    for step in range(first, recipe.steps):
+        seed = (recipe.seed * 1_000_003 + step) * world + rank  # all randomness follows from the step: nothing else to save
+        batch = task.examples(recipe.batch // world, random.Random(seed))
+        batch = {name: x.to(accelerator.device) for name, x in batch.items()}
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(step)
+        with sdpa_kernel(kernels), accelerator.autocast():
+            losses = model(batch, torch.Generator().manual_seed(seed))
+        accelerator.backward(losses["loss"])
+        norm = accelerator.clip_grad_norm_(learned, recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update(task, step)
+        done = step + 1
+        if done % log_every == 0:
+            scalars = {name: x.item() for name, x in losses.items()} | {"norm": float(norm), "lr": recipe.rate(step)}
+            scalars["examples_per_second"] = (done - first) * recipe.batch / (time.perf_counter() - started)
+            accelerator.log(scalars, step=done)
+            report(done, scalars)
+        if accelerator.is_main_process and (done % save_every == 0 or done == recipe.steps):
+            state = {"step": done, "recipe": asdict(recipe), "average": average.weights, "optimizer": optimizer.state_dict(),
+                     "weights": {n: p.detach() for n, p in task.named_parameters() if p.requires_grad}}
+            save_atomically(lambda path, state=state: torch.save(state, path), folder / "state.pt")
+        if accelerator.is_main_process and preview_every and done % preview_every == 0:
+            average.swap(task)
+            pictures = task.preview().add(1).div(2).clamp(0, 1)
+            accelerator.get_tracker("tensorboard").writer.add_images("preview", pictures, done)
+            average.swap(task)
+    accelerator.end_training()
+    average.swap(task)
+
+
+def resume(path: Path, task: Task, optimizer: torch.optim.Optimizer, average: Average, recipe: Recipe) -> int:
+    """Put a saved state back, if there is one; returns the number of steps that are done."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    changed = {name for name, value in asdict(recipe).items() if value != state["recipe"].get(name)} - {"steps", "cooldown"}
+    if changed:
+        raise ValueError(f"{path} was made with another {', '.join(sorted(changed))}: use the same recipe or another folder")
+    task.load_state_dict(state["weights"], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    for name, value in state["average"].items():
+        average.weights[name].copy_(value)
+    return state["step"]
+
+
+
+def averaged_weights(path: Path) -> dict[str, Tensor]:
+    """The averaged weights in a saved state."""
+    if not path.exists():
+        raise ValueError(f"{path} is not there: train that stage first (sdlearn train {path.parent.name})")
+    return torch.load(path, map_location="cpu", weights_only=True)["average"]
+
+
+def saved_recipe(path: Path) -> dict:
+    """The recipe of a saved state; empty if there is none."""
+    return torch.load(path, map_location="cpu", weights_only=True)["recipe"] if path.exists() else {}
+
+
+def fastest_precision(task: Task, count: int = 8) -> str:
+    """The precision in which a training step takes least time here: measured on a CPU, known for GPUs."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if torch.backends.mps.is_available():
+        return "no"
+    batch, seconds = task.examples(count, random.Random(0)), {}
+    for precision in ("no", "bf16"):
+        for _ in range(2):  # the first round warms up
+            started = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                task(batch, torch.Generator().manual_seed(0))["loss"].backward()
+            seconds[precision] = time.perf_counter() - started
+    task.zero_grad(set_to_none=True)
+    return min(seconds, key=seconds.__getitem__)

@@ -1,0 +1,153 @@
+"""noisy latents + t + context -> predicted noise: the U-Net. Chapter 07, book/07_unet.ipynb."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdlearn.attention import Attention
+from sdlearn.blocks import Downsample, ResBlock, Upsample
+from sdlearn.timestep import TimeEmbedding
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The sizes of a U-Net; the defaults are Stable Diffusion 1.5's."""
+
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one entry a level; the map is halved between levels
+    attention: tuple[bool, ...] = (True, True, True, False)  # levels with transformers
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    blocks: int = 2  # ResBlocks a level on the way down; one more on the way up
+    context_width: int = 768
+    in_channels: int = 4
+    out_channels: int = 4
+    groups: int = 32
+
+    @property
+    def time_width(self) -> int:
+        return 4 * self.channels[0]
+
+
+class GEGLU(nn.Module):
+    """A feed-forward layer with a gate: out(a * gelu(b)), [a, b] = proj(x). Shazeer 2020, equation 6."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 8 * width)
+        self.out = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return self.out(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the words, feed-forward; each after a LayerNorm, each with a way around it."""
+
+    def __init__(self, width: int, heads: int, context_width: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, heads, context_width)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = GEGLU(width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer over the positions of a feature map: (B, C, H, W) -> the same. Rombach et al. 2022, section 3.3."""
+
+    def __init__(self, channels: int, heads: int, context_width: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_width)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        y = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, T, C), T = H W
+        for block in self.transformer_blocks:
+            y = block(y, context)
+        return x + self.proj_out(y.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Stage(nn.Module):
+    """A ResBlock, then a SpatialTransformer where the level has them."""
+
+    def __init__(self, channels: int, level: int, config: UNetConfig):
+        super().__init__()
+        width = config.channels[level]
+        self.resnet = ResBlock(channels, width, config.groups, eps=1e-5, time_width=config.time_width)
+        self.attention = None
+        if config.attention[level]:
+            self.attention = SpatialTransformer(width, config.heads[level], config.context_width, config.groups)
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        x = self.resnet(x, time)
+        return x if self.attention is None else self.attention(x, context)
+
+
+class Middle(nn.Module):
+    """ResBlock, SpatialTransformer, ResBlock at the lowest resolution."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        width, groups = config.channels[-1], config.groups
+        self.resnets = nn.ModuleList(ResBlock(width, width, groups, 1e-5, config.time_width) for _ in range(2))
+        self.attention = SpatialTransformer(width, config.heads[-1], config.context_width, groups)
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        return self.resnets[1](self.attention(self.resnets[0](x, time), context), time)
+
+
+class UNet(nn.Module):
+    """(xt, t, context) -> the noise in xt. Ronneberger et al. 2015; Rombach et al. 2022, section 3.2.
+
+    Way down: `blocks` stages a level, then half the size. Way up: `blocks` + 1 stages a level, each of which first
+    takes back one map from the way down, then twice the size.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        channels, levels = config.channels, len(config.channels)
+        self.time_embedding = TimeEmbedding(channels[0], config.time_width)
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        skips, width = [channels[0]], channels[0]
+        for level in range(levels):
+            for _ in range(config.blocks):
+                self.down.append(Stage(width, level, config))
+                width = channels[level]
+                skips.append(width)
+            if level < levels - 1:
+                self.down.append(Downsample(width))
+                skips.append(width)
+        self.middle = Middle(config)
+        for level in reversed(range(levels)):
+            for _ in range(config.blocks + 1):
+                self.up.append(Stage(width + skips.pop(), level, config))
+                width = channels[level]
+            if level > 0:
+                self.up.append(Upsample(width))
+        self.conv_norm_out = nn.GroupNorm(config.groups, channels[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def forward(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """latents (B, 4, h, w), t (B,) or one number, context (B, S, D) -> (B, 4, h, w)."""
+        time = self.time_embedding(t.expand(len(latents)))  # (B, E)
+        x = self.conv_in(latents)
+        skips = [x]
+        for part in self.down:
+            x = part(x, time, context) if isinstance(part, Stage) else part(x)
+            skips.append(x)
+        x = self.middle(x, time, context)
+        for part in self.up:
+            x = part(torch.cat([x, skips.pop()], dim=1), time, context) if isinstance(part, Stage) else part(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))

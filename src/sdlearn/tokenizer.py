@@ -1,0 +1,316 @@
+"""text -> tokens: byte-pair encoding, trained and applied as in CLIP. Chapter 01.
+Exported from book/01_tokenizer.ipynb by `make export`; edit it there.
+"""
+
+import gzip
+import heapq
+import json
+import os
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+
+import regex
+import torch
+from torch import Tensor
+
+__all__ = [
+    "BOS",
+    "EOS",
+    "END",
+    "byte_symbols",
+    "SYMBOL_OF_BYTE",
+    "BYTE_OF_SYMBOL",
+    "spell",
+    "WORD",
+    "clean",
+    "words",
+    "join",
+    "learn_merges",
+    "apply_merges",
+    "vocabulary",
+    "BytePairs",
+    "Tokenizer",
+    "write_files",
+    "parse_merges",
+    "read_file",
+    "read_files",
+]
+
+BOS, EOS, END = "<|startoftext|>", "<|endoftext|>", "</w>"
+
+
+def byte_symbols() -> dict[int, str]:
+    """Byte -> one visible character, in the order of CLIP's vocabulary (GPT-2's encoder.py, bytes_to_unicode)."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
+
+
+SYMBOL_OF_BYTE = byte_symbols()
+BYTE_OF_SYMBOL = {symbol: byte for byte, symbol in SYMBOL_OF_BYTE.items()}
+
+
+def spell(word: str) -> list[str]:
+    """A word as the symbols of its UTF-8 bytes; the last one carries the end-of-word mark `</w>`."""
+    try:
+        symbols = [SYMBOL_OF_BYTE[byte] for byte in word.encode()]
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(word[error.start]):04X}"
+        raise ValueError(f"the text holds {half}, half of a character, which UTF-8 cannot write: remove it") from None
+    return [*symbols[:-1], symbols[-1] + END]
+
+
+WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+
+
+def clean(text: str) -> str:
+    """NFC, runs of white space to one space, lower case (each character alone, so sigma has one small form)."""
+    text = regex.sub(r"\s+", " ", unicodedata.normalize("NFC", text))
+    return text.lower() if text.isascii() else "".join(map(str.lower, text))
+
+
+def words(text: str) -> list[str]:
+    """The pieces of a text; byte-pair merges stay inside a piece."""
+    pieces: list[str] = []
+    for piece in WORD.findall(clean(text)):
+        # Only a special token typed in capitals gets here: it is ordinary text, of three pieces.
+        pieces += regex.findall(r"\p{L}+|\P{L}+", piece) if piece in (BOS, EOS) else [piece]
+    return pieces
+
+
+def join(symbols: Sequence[str], pair: tuple[str, str]) -> list[str]:
+    """Join every occurrence of the pair, from the left."""
+    joined: list[str] = []
+    for symbol in symbols:
+        if joined and (joined[-1], symbol) == pair:
+            joined[-1] += symbol
+        else:
+            joined.append(symbol)
+    return joined
+
+
+def learn_merges(counts: dict[str, int], limit: int | None = None) -> list[tuple[str, str]]:
+    """Byte-pair encoding (Sennrich et al. 2016, section 3.2): word -> count becomes a list of merges, best first.
+
+    The most frequent pair of neighbours is merged again and again; of equally frequent pairs the alphabetically
+    first. It ends after `limit` merges, or when no pair occurs twice.
+    """
+    spelled = {word: spell(word) for word in counts}
+    pairs: Counter[tuple[str, str]] = Counter()
+    holders: defaultdict[tuple[str, str], set[str]] = defaultdict(set)  # pair -> the words that (once) held it
+    for word, symbols in spelled.items():
+        for pair in pairwise(symbols):
+            pairs[pair] += counts[word]
+            holders[pair].add(word)
+    merges: list[tuple[str, str]] = []
+    while pairs and (limit is None or len(merges) < limit):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        if pairs[best] < 2:
+            break
+        merges.append(best)
+        for word in holders.pop(best):  # only the words that change are counted again
+            for pair in pairwise(spelled[word]):
+                pairs[pair] -= counts[word]
+            spelled[word] = join(spelled[word], best)
+            for pair in pairwise(spelled[word]):
+                pairs[pair] += counts[word]
+                holders[pair].add(word)
+        pairs = +pairs  # forget the pairs that are gone
+    return merges
+
+
+def apply_merges(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
+    """The tokens of one word: of all neighbouring pairs the one learnt first is joined, until none is known."""
+    symbols = spell(word)
+    before, after = list(range(-1, len(symbols) - 1)), list(range(1, len(symbols) + 1))
+    heap = [(ranks[pair], at) for at, pair in enumerate(pairwise(symbols)) if pair in ranks]
+    heapq.heapify(heap)
+    while heap:
+        rank, at = heapq.heappop(heap)
+        right = after[at]
+        if right == len(symbols) or ranks.get((symbols[at], symbols[right])) != rank:
+            continue  # one of the two has been joined with its other neighbour
+        symbols[at] += symbols[right]
+        symbols[right] = ""
+        after[at] = after[right]
+        if after[at] < len(symbols):
+            before[after[at]] = at
+        for left in (before[at], at):
+            if left >= 0 and after[left] < len(symbols):
+                pair = symbols[left], symbols[after[left]]
+                if pair in ranks:
+                    heapq.heappush(heap, (ranks[pair], left))
+    return [symbol for symbol in symbols if symbol]
+
+
+def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """Token -> id: 256 bytes, 256 bytes that end a word, one token for each merge, start, end."""
+    symbols = [*SYMBOL_OF_BYTE.values(), *(symbol + END for symbol in SYMBOL_OF_BYTE.values())]
+    known = set(symbols)
+    for number, (left, right) in enumerate(merges):
+        if not {left, right} <= known:
+            raise ValueError(f"merge {number} joins {left!r} and {right!r}, but no merge before it makes both")
+        known.add(left + right)
+        symbols.append(left + right)
+    return {symbol: n for n, symbol in enumerate(dict.fromkeys([*symbols, BOS, EOS]))}
+
+
+class BytePairs:
+    """Text of any length <-> ids. The `special` tokens are recognised where they are typed, and never cut."""
+
+    def __init__(self, merges: Iterable[tuple[str, str]], special: Iterable[str] = (BOS, EOS)):
+        self.merges = [(left, right) for left, right in merges]
+        self.vocab = vocabulary(self.merges)
+        self._special = dict.fromkeys(special)
+        for token in self._special:
+            if token not in self.vocab:
+                raise ValueError(f"the special token {token!r} is not in the vocabulary; CLIP has {BOS!r} and {EOS!r}")
+        self._tokens = list(self.vocab)
+        self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
+        self._typed = regex.compile("(" + "|".join(map(regex.escape, self._special)) + ")")
+        self._cache: dict[str, list[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self.vocab)
+
+    def split(self, text: str) -> list[str]:
+        """The tokens of a text, as strings."""
+        if not isinstance(text, str):
+            raise ValueError(f"the tokenizer was given {type(text).__name__}, but it reads text (str)")
+        tokens: list[str] = []
+        for n, part in enumerate(self._typed.split(text)):
+            if n % 2:  # every second part is a special token
+                tokens.append(part)
+                continue
+            for word in words(part):
+                if word not in self._cache:
+                    if len(self._cache) >= 100_000:
+                        self._cache.clear()
+                    self._cache[word] = apply_merges(word, self._ranks)
+                tokens += self._cache[word]
+        return tokens
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without start and end."""
+        return [self.vocab[token] for token in self.split(text)]
+
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """Ids -> text in lower case with a space after each word; special tokens are left out unless asked for."""
+        symbols = ""
+        for n in map(int, ids):
+            if not 0 <= n < len(self):
+                raise ValueError(f"id {n} is not in the vocabulary, which has the ids 0 to {len(self) - 1}")
+            if special or self._tokens[n] not in self._special:
+                symbols += self._tokens[n]
+        return bytes(BYTE_OF_SYMBOL[symbol] for symbol in symbols).decode(errors="replace").replace(END, " ").strip()
+
+
+class Tokenizer(BytePairs):
+    """One text or several -> tokens (B, positions), as CLIP's text encoder wants them.
+
+    `pad` fills short rows: <|endoftext|> in SD 1.5, "!" in the second encoder of SDXL. Like transformers we take a
+    padding token that is typed inside a text for the special token, too. Ids of `bos`, `eos`, `pad` are attributes.
+    """
+
+    def __init__(self, merges: Iterable[tuple[str, str]], positions: int = 77, pad: str = EOS):
+        super().__init__(merges, (BOS, EOS, pad))
+        if positions < 2:
+            raise ValueError(f"positions is {positions}, but start and end alone take 2; CLIP has 77")
+        self.positions = positions
+        self.bos, self.eos, self.pad = (self.vocab[token] for token in (BOS, EOS, pad))
+
+    @classmethod
+    def clip(cls, positions: int = 77, pad: str = EOS) -> "Tokenizer":
+        """OpenAI CLIP's vocabulary of 49,408 tokens, the one of SD 1.5."""
+        packed = files("sdlearn").joinpath("data/clip_merges.txt.gz").read_bytes()
+        return cls(parse_merges(gzip.decompress(packed).decode()), positions, pad)
+
+    @classmethod
+    def train(cls, captions: Iterable[str], merges: int | None = None, positions: int = 77) -> "Tokenizer":
+        """Learn a vocabulary; with `merges=None` until every word that occurs twice is one token."""
+        if isinstance(captions, str):
+            raise ValueError("captions is one text, but a list of texts is wanted: write [text]")
+        return cls(learn_merges(Counter(word for text in captions for word in words(text)), merges), positions)
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """One text or several -> tokens (B, positions): start, the ids that fit, end, padding."""
+        rows = []
+        for text in [texts] if isinstance(texts, str) else texts:
+            row = [self.bos, *self.encode(text)[: self.positions - 2], self.eos]
+            rows.append(row + [self.pad] * (self.positions - len(row)))
+        return torch.tensor(rows, dtype=torch.long).reshape(len(rows), self.positions)
+
+    def dropped(self, text: str) -> str:
+        """The end of a text for which there is no position; "" when all of it fits."""
+        return self.decode(self.encode(text)[self.positions - 2 :], special=True)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the folder that transformers' CLIPTokenizer.from_pretrained reads."""
+        write_files(Path(folder), self.merges, self.vocab, self.positions, self._tokens[self.pad])
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Tokenizer":
+        """Read `vocab.json` and `merges.txt`; positions and padding from the config files, if these are there."""
+        merges, vocab, positions, pad = read_files(Path(folder))
+        tokenizer = cls(merges, positions, pad)
+        if vocab != tokenizer.vocab:
+            raise ValueError(f"vocab.json does not follow from merges.txt in {folder}: take both from one tokenizer")
+        return tokenizer
+
+
+def write_files(folder: Path, merges: list[tuple[str, str]], vocab: dict[str, int], positions: int, pad: str) -> None:
+    """A tokenizer folder as transformers and diffusers want it; each file appears whole or not at all."""
+    special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": pad}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": positions, "do_lower_case": True} | special
+    texts = {
+        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges), ""]),
+        "vocab.json": json.dumps(vocab, ensure_ascii=False),
+        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        part = folder / f"{name}.part"
+        try:
+            part.write_text(text, encoding="utf-8", newline="\n")
+            os.replace(part, folder / name)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def parse_merges(text: str) -> list[tuple[str, str]]:
+    """The lines of a merges.txt as pairs, without the `#version` header."""
+    pairs = [tuple(line.split()) for line in text.split("\n") if line.strip() and not line.startswith("#version")]
+    for number, pair in enumerate(pairs):
+        if len(pair) != 2:
+            raise ValueError(f"merge {number} in merges.txt has {len(pair)} symbols, but 2 are wanted: copy it again")
+    return pairs
+
+
+def read_file(path: Path) -> str | dict:
+    """The text of a file, or the object in a .json file; or one sentence that says why not."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else text
+    except (OSError, ValueError) as error:
+        reason = "it is missing" if isinstance(error, FileNotFoundError) else error
+        raise ValueError(f"cannot read {path}: {reason}; a tokenizer folder has vocab.json and merges.txt") from None
+    if path.suffix == ".json" and not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, but an object is wanted: copy the folder again")
+    return content
+
+
+def read_files(folder: Path) -> tuple[list[tuple[str, str]], dict[str, int], int, str]:
+    """A tokenizer folder -> merges, vocabulary, positions, padding token."""
+    merges, vocab = parse_merges(read_file(folder / "merges.txt")), read_file(folder / "vocab.json")
+    config: dict = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        config |= read_file(folder / name) if (folder / name).exists() else {}
+    positions, pad = config.get("model_max_length"), config.get("pad_token") or EOS
+    if not isinstance(positions, int) or positions > 100_000:  # some files say 10^30 and mean "unknown"
+        positions = 77
+    return merges, vocab, positions, str(pad.get("content", EOS) if isinstance(pad, dict) else pad)

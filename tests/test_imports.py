@@ -14,10 +14,10 @@ JOURNEY = """
     tokenizer scenes attention blocks timestep schedule
     clip vae unet
     ddpm samplers guidance
-    training tasks names config weights tiny
+    training tasks names config weights
     pictures pipeline
     inpaint lora controlnet sdxl lcm speed
-    judge evaluate
+    judge tiny evaluate
     show
     cli
 """

@@ -7,7 +7,7 @@ import io
 import random
 import re
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import combinations
 
 import emoji
@@ -19,47 +19,88 @@ from PIL import Image
 SIZE = 128  # a scene is SIZE x SIZE pixels
 
 BACKGROUNDS = {
-    "white": (255, 255, 255), "gray": (190, 190, 196), "orange": (255, 201, 140), "yellow": (255, 246, 160),
-    "green": (190, 228, 170), "blue": (170, 208, 250), "purple": (212, 190, 240), "pink": (255, 205, 222),
+    "white": (255, 255, 255),
+    "gray": (190, 190, 196),
+    "orange": (255, 201, 140),
+    "yellow": (255, 246, 160),
+    "green": (190, 228, 170),
+    "blue": (170, 208, 250),
+    "purple": (212, 190, 240),
+    "pink": (255, 205, 222),
 }
 COLOURS = {  # name: (light, dark)
-    "red": ("#ea5a47", "#d22f27"), "orange": ("#f4aa41", "#e27022"), "yellow": ("#fcea2b", "#f1b31c"),
-    "green": ("#b1cc33", "#5c9e31"), "blue": ("#61b2e4", "#1e7fbf"), "purple": ("#b399c8", "#8967aa"),
-    "pink": ("#ffa7c0", "#e67a94"), "brown": ("#a57939", "#6a462f"),
+    "red": ("#ea5a47", "#d22f27"),
+    "orange": ("#f4aa41", "#e27022"),
+    "yellow": ("#fcea2b", "#f1b31c"),
+    "green": ("#b1cc33", "#5c9e31"),
+    "blue": ("#61b2e4", "#1e7fbf"),
+    "purple": ("#b399c8", "#8967aa"),
+    "pink": ("#ffa7c0", "#e67a94"),
+    "brown": ("#a57939", "#6a462f"),
 }
 RECOLOURED = {  # name: (emoji, the fills to replace: light, then dark)
-    "apple": ("red_apple", "#ea5a47", "#d22f27"), "fish": ("fish", "#92d3f5", "#61b2e4"),
-    "butterfly": ("butterfly", "#92d3f5"), "mushroom": ("mushroom", "#ea5a47", "#d22f27"),
-    "car": ("automobile", "#ea5a47"), "house": ("house", "#ea5a47"), "umbrella": ("umbrella", "#b399c8", "#8967aa"),
-    "guitar": ("guitar", "#ea5a47"), "rocket": ("rocket", "#ea5a47", "#d22f27"), "star": ("star", "#fcea2b"),
-    "key": ("key", "#f4aa41", "#e27022"), "crown": ("crown", "#fcea2b", "#f1b31c"), "bus": ("bus", "#ea5a47"),
-    "rose": ("rose", "#ea5a47", "#d22f27"), "tulip": ("tulip", "#f4aa41", "#e27022"),
+    "apple": ("red_apple", "#ea5a47", "#d22f27"),
+    "fish": ("fish", "#92d3f5", "#61b2e4"),
+    "butterfly": ("butterfly", "#92d3f5"),
+    "mushroom": ("mushroom", "#ea5a47", "#d22f27"),
+    "car": ("automobile", "#ea5a47"),
+    "house": ("house", "#ea5a47"),
+    "umbrella": ("umbrella", "#b399c8", "#8967aa"),
+    "guitar": ("guitar", "#ea5a47"),
+    "rocket": ("rocket", "#ea5a47", "#d22f27"),
+    "star": ("star", "#fcea2b"),
+    "key": ("key", "#f4aa41", "#e27022"),
+    "crown": ("crown", "#fcea2b", "#f1b31c"),
+    "bus": ("bus", "#ea5a47"),
+    "rose": ("rose", "#ea5a47", "#d22f27"),
+    "tulip": ("tulip", "#f4aa41", "#e27022"),
 }
 OWN_COLOURS = {
-    name: name for name in """lemon pear strawberry pineapple carrot fox lion frog penguin owl octopus turtle snail cactus
+    name: name
+    for name in """lemon pear strawberry pineapple carrot fox lion frog penguin owl octopus turtle snail cactus
     sunflower castle bicycle airplane sailboat sun rainbow fire snowman pizza hamburger doughnut""".split()
 } | {
-    "dog": "dog_face", "cat": "cat_face", "tiger": "tiger_face", "rabbit": "rabbit_face", "tree": "evergreen_tree",
-    "train": "locomotive", "football": "soccer_ball", "cake": "birthday_cake",
+    "dog": "dog_face",
+    "cat": "cat_face",
+    "tiger": "tiger_face",
+    "rabbit": "rabbit_face",
+    "tree": "evergreen_tree",
+    "train": "locomotive",
+    "football": "soccer_ball",
+    "cake": "birthday_cake",
 }
 OBJECTS = tuple(sorted([*RECOLOURED, *OWN_COLOURS]))
 
-HELD_OUT_COLOURS = frozenset({
-    ("apple", "blue"), ("car", "purple"), ("house", "green"), ("umbrella", "pink"), ("butterfly", "red"),
-    ("fish", "orange"), ("guitar", "yellow"), ("rocket", "green"), ("mushroom", "blue"), ("star", "pink"),
-    ("key", "red"), ("bus", "purple"),
-})
+HELD_OUT_COLOURS = frozenset(
+    {
+        ("apple", "blue"),
+        ("car", "purple"),
+        ("house", "green"),
+        ("umbrella", "pink"),
+        ("butterfly", "red"),
+        ("fish", "orange"),
+        ("guitar", "yellow"),
+        ("rocket", "green"),
+        ("mushroom", "blue"),
+        ("star", "pink"),
+        ("key", "red"),
+        ("bus", "purple"),
+    }
+)
 HELD_OUT_PAIRS = frozenset(pair for i, pair in enumerate(combinations(OBJECTS, 2)) if i % 8 == 3)
 NOWHERE = ("octopus", "umbrella")  # kept out of every split: chapter 15 teaches it to the model
 SPLITS = ("train", "colour", "pair")
 RELATIONS = {
-    "to the left of": "to the right of", "to the right of": "to the left of", "above": "below", "below": "above",
+    "to the left of": "to the right of",
+    "to the right of": "to the left of",
+    "above": "below",
+    "below": "above",
 }
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawing in a scene: its centre (x, y) and its longest side in pixels; colour is None for a drawing in its own colours."""
+    """One drawing in a scene: its centre (x, y) and its longest side in pixels; colour None: its own colours."""
 
     name: str
     colour: str | None
@@ -109,12 +150,8 @@ class Scene:
         picture = np.empty((SIZE, SIZE, 3), np.uint8)
         picture[:] = BACKGROUNDS[self.background]
         for thing in self.things:
-            left, top, right, bottom = thing.box
-            x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, SIZE), min(bottom, SIZE)
-            drawing = sprite(thing.name, thing.colour, thing.size)[y0 - top : y1 - top, x0 - left : x1 - left]
-            alpha = drawing[..., 3:].astype(np.uint16)
-            under = picture[y0:y1, x0:x1]
-            under[:] = (drawing[..., :3] * alpha + under * (255 - alpha) + 127) // 255
+            left, top = thing.box[:2]
+            paste(picture, sprite(thing.name, thing.colour, thing.size), left, top)
         return picture
 
     def image(self) -> Image.Image:
@@ -134,11 +171,20 @@ class Scene:
         return scene.sentence(relation, background=rng.random() >= 0.15)
 
 
+def paste(picture: np.ndarray, drawing: np.ndarray, left: int, top: int) -> None:
+    """Lay a drawing (h, w, 4) over a picture (H, W, 3), in place; what sticks out is cut off."""
+    x0, y0 = max(left, 0), max(top, 0)
+    under = picture[y0 : top + drawing.shape[0], x0 : left + drawing.shape[1]]
+    over = drawing[y0 - top :, x0 - left :][: under.shape[0], : under.shape[1]]
+    alpha = over[..., 3:].astype(np.uint16)
+    under[:] = (over[..., :3] * alpha + under * (255 - alpha) + 127) // 255
+
+
 def with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def drawing_svg(name: str, colour: str | None) -> str:
     """The SVG source of a drawing, recoloured and cropped to its ink."""
     emoji_name, *fills = RECOLOURED[name] if name in RECOLOURED else (OWN_COLOURS[name],)
@@ -155,7 +201,9 @@ def drawing_svg(name: str, colour: str | None) -> str:
 
 def rasterise(svg: str, width: int | None = None, height: int | None = None) -> np.ndarray:
     """SVG source -> (height, width, 4) uint8 RGBA."""
-    return np.array(Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg, width=width, height=height))).convert("RGBA"))
+    return np.array(
+        Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg, width=width, height=height))).convert("RGBA")
+    )
 
 
 @lru_cache(maxsize=8192)
@@ -167,7 +215,7 @@ def sprite(name: str, colour: str | None, size: int) -> np.ndarray:
 
 
 def split_of(scene: Scene) -> str | None:
-    """The one split that a scene may appear in: "train", or "colour" or "pair" (both held out), or None (kept out of all)."""
+    """The split that a scene may appear in: "train", "colour", "pair" (both held out), or None (kept out of all)."""
     names = tuple(sorted(thing.name for thing in scene.things))
     colour = any((thing.name, thing.colour) in HELD_OUT_COLOURS for thing in scene.things)
     pair = names in HELD_OUT_PAIRS
@@ -217,17 +265,26 @@ def random_scene(rng: random.Random, split: str = "train", things: int | None = 
 
 PHRASE = r"an? (?:(?P<colour{0}>" + "|".join(COLOURS) + r") )?(?P<name{0}>" + "|".join(OBJECTS) + ")"
 CAPTION = re.compile(
-    PHRASE.format(0) + r"(?: (?P<relation>and|" + "|".join(RELATIONS) + r") " + PHRASE.format(1) + ")?"
-    + r"(?: on an? (?P<background>" + "|".join(BACKGROUNDS) + ") background)?"
+    PHRASE.format(0)
+    + r"(?: (?P<relation>and|"
+    + "|".join(RELATIONS)
+    + r") "
+    + PHRASE.format(1)
+    + ")?"
+    + r"(?: on an? (?P<background>"
+    + "|".join(BACKGROUNDS)
+    + ") background)?"
 )
 
 
 def parse(caption: str, rng: random.Random | None = None) -> Scene:
-    """A sentence -> a scene that it describes truly; what the sentence leaves open is drawn from `rng` (default: seed 0)."""
+    """A sentence -> a scene that it describes truly; what it leaves open is drawn from `rng` (default: seed 0)."""
     rng = rng or random.Random(0)
     match = CAPTION.fullmatch(" ".join(caption.lower().split()))
     if not match:
-        raise ValueError(f"cannot read {caption!r} as a scene: write for example 'a red apple above a cat on a blue background'")
+        raise ValueError(
+            f"cannot read {caption!r} as a scene: write for example 'a red apple above a cat on a blue background'"
+        )
     things = []
     for i in range(2 if match["relation"] else 1):
         name, colour = match[f"name{i}"], match[f"colour{i}"]

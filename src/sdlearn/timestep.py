@@ -1,4 +1,6 @@
-"""t -> vector: sinusoidal time embeddings. Chapter 06, book/06_time.ipynb."""
+"""t -> vector: sinusoidal time embeddings. Chapter 06.
+Exported from book/06_time.ipynb by `make export`; edit it there.
+"""
 
 import math
 
@@ -6,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+__all__ = ["timestep_embedding", "TimeEmbedding"]
+
 
 def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Timesteps t (B,) -> [cos(t f), sin(t f)] (B, width) in float32, with frequencies f_i = max_period^(-i / (width / 2)).
+    """Timesteps t (B,) -> [cos(t f), sin(t f)] (B, width), float32; frequencies f_i = max_period^(-i / (width / 2)).
 
-    Vaswani et al. 2017, section 3.5; cosines come first, as in CompVis/stable-diffusion `ldm/modules/diffusionmodules/util.py`.
+    Vaswani et al. 2017, section 3.5; but cosines first, as in CompVis/stable-diffusion
+    `ldm/modules/diffusionmodules/util.py`.
     """
     if width % 2:
         raise ValueError(f"width {width} is odd: half of it are cosines, half sines, so choose an even width")
@@ -21,7 +26,7 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> T
 
 
 class TimeEmbedding(nn.Module):
-    """Two linear layers on the sinusoids: (B, width) -> (B, time_width); 320 -> 1280 in SD 1.5."""
+    """Two linear layers on the sinusoids: (B,) -> (B, time_width); width 320 -> 1280 in SD 1.5."""
 
     def __init__(self, width: int, time_width: int):
         super().__init__()

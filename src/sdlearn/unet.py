@@ -1,6 +1,13 @@
-"""noisy latents + t + context -> predicted noise: the U-Net. Chapter 07, book/07_unet.ipynb."""
+"""noisy latents + t + context -> predicted noise: the U-Net. Chapter 07.
+Exported from book/07_unet.ipynb by `make export`; edit it there.
+"""
 
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +16,18 @@ from torch import Tensor, nn
 from sdlearn.attention import Attention
 from sdlearn.blocks import Downsample, ResBlock, Upsample
 from sdlearn.timestep import TimeEmbedding
+
+__all__ = [
+    "UNetConfig",
+    "GEGLU",
+    "TransformerBlock",
+    "SpatialTransformer",
+    "Stage",
+    "Middle",
+    "UNet",
+    "record_attention",
+    "attention_maps",
+]
 
 
 @dataclass(frozen=True)
@@ -23,6 +42,14 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     groups: int = 32
+
+    def __post_init__(self):
+        lengths = len(self.channels), len(self.attention), len(self.heads)
+        if len(set(lengths)) > 1:
+            raise ValueError(f"channels, attention, heads have {lengths} entries: give each of them one entry a level")
+        for width in self.channels:
+            if width % self.groups:
+                raise ValueError(f"{width} channels do not split into {self.groups} groups: choose a multiple of them")
 
     @property
     def time_width(self) -> int:
@@ -141,7 +168,8 @@ class UNet(nn.Module):
 
     def forward(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """latents (B, 4, h, w), t (B,) or one number, context (B, S, D) -> (B, 4, h, w)."""
-        time = self.time_embedding(t.expand(len(latents)))  # (B, E)
+        self.check(latents, context)
+        time = self.time_embedding(torch.as_tensor(t, device=latents.device).expand(len(latents)))  # (B, E)
         x = self.conv_in(latents)
         skips = [x]
         for part in self.down:
@@ -151,3 +179,58 @@ class UNet(nn.Module):
         for part in self.up:
             x = part(torch.cat([x, skips.pop()], dim=1), time, context) if isinstance(part, Stage) else part(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def check(self, latents: Tensor, context: Tensor) -> None:
+        """Say what is wrong with the inputs, if anything, before a layer deep inside does."""
+        (height, width), step = latents.shape[-2:], 2 ** (len(self.config.channels) - 1)
+        if height % step or width % step:
+            raise ValueError(f"latents are {width}x{height}, but this U-Net needs multiples of {step}: change the size")
+        if context.shape[-1] != self.config.context_width:
+            have, want = context.shape[-1], self.config.context_width
+            raise ValueError(f"context is {have} wide, but this U-Net reads {want}: use its own text encoder")
+
+
+@contextmanager
+def record_attention(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """While open, note where the words are looked for: yields {layer: probabilities (B, N, T, S)}, float32.
+
+    Every call of the U-Net counts: the maps are the mean over all calls, which need the same shapes; open it anew for
+    each step to see the steps apart. Forward hooks recompute softmax(q k^T / sqrt K); the U-Net's answer is unchanged.
+    """
+    maps: dict[str, Tensor] = {}
+    calls: Counter[str] = Counter()
+
+    @torch.no_grad()
+    def note(layer: str, attention: Attention, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
+        x, context = inputs
+        q, k = attention.split_heads(attention.to_q(x)), attention.split_heads(attention.to_k(context))
+        p = (q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, N, T, S)
+        calls[layer] += 1
+        maps[layer] = p if calls[layer] == 1 else maps[layer].lerp(p, 1 / calls[layer])
+
+    layers = [(name, part) for name, part in unet.named_modules() if name.endswith("attn2")]
+    hooks = [part.register_forward_hook(partial(note, name)) for name, part in layers]
+    try:
+        yield maps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def attention_maps(maps: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
+    """Recorded probabilities -> one heat map a token: (B, S, h, w) for size (h, w). Tang et al. 2022, section 2.
+
+    The mean over heads and layers, each resized to `size`: that of the latents, of the picture, or any other of that
+    shape. At every place the tokens share 1 between them. Give a part of the record to see some layers alone.
+    """
+    if not maps:
+        raise ValueError("nothing was recorded: call the U-Net inside `with record_attention(unet) as maps`")
+    height, width = size
+    resized = []
+    for layer, p in maps.items():
+        rows = round(math.sqrt(p.shape[2] * height / width))
+        if rows == 0 or p.shape[2] % rows or abs(p.shape[2] / rows - rows * width / height) > 0.5:
+            raise ValueError(f"{layer} has {p.shape[2]} places, not a {height}:{width} map: give the latents' size")
+        places = p.mean(dim=1).transpose(1, 2).unflatten(2, (rows, -1))  # (B, S, rows, columns)
+        resized.append(F.interpolate(places, (height, width), mode="bilinear"))
+    return torch.stack(resized).mean(dim=0)

@@ -1,9 +1,13 @@
-"""Feature map -> feature map: the convolutional blocks that VAE and U-Net share. Chapter 05, book/05_vae.ipynb."""
+"""Feature map -> feature map: the convolutional blocks that VAE and U-Net share. Chapter 05.
+Exported from book/05_vae.ipynb by `make export`; edit it there.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdlearn.attention import Attention
+
+__all__ = ["ResBlock", "AttentionBlock", "Downsample", "Upsample"]
 
 
 class ResBlock(nn.Module):
@@ -12,7 +16,9 @@ class ResBlock(nn.Module):
     With time_width, a time embedding (B, time_width) is added between them. He et al. 2016; Ho et al. 2020, appendix B.
     """
 
-    def __init__(self, channels: int, out_channels: int, groups: int = 32, eps: float = 1e-6, time_width: int | None = None):
+    def __init__(
+        self, channels: int, out_channels: int, groups: int = 32, eps: float = 1e-6, time_width: int | None = None
+    ):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, channels, eps)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)

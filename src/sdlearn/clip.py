@@ -1,4 +1,6 @@
-"""tokens -> context: CLIP's text encoder, its image tower, and the contrastive loss. Chapter 03, book/03_clip.ipynb."""
+"""tokens -> context: CLIP's text encoder, its image tower, and the contrastive loss. Chapter 03.
+Exported from book/03_clip.ipynb by `make export`; edit it there.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,9 +11,26 @@ from torch import Tensor, nn
 
 from sdlearn.attention import Attention
 
+__all__ = [
+    "contrastive_loss",
+    "quick_gelu",
+    "CLIPLayer",
+    "CLIPTextConfig",
+    "CLIPTextEncoder",
+    "CLIPImageConfig",
+    "CLIPImageEncoder",
+    "CLIP",
+]
+
+
+def contrastive_loss(logits: Tensor) -> Tensor:
+    """Text i belongs to image i: cross-entropy along the rows and along the columns of logits (B, B), averaged."""
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x): the approximation of GELU that CLIP was trained with. Hendrycks & Gimpel 2016, section 2."""
+    """x * sigmoid(1.702 x): the form of GELU that CLIP was trained with. Hendrycks & Gimpel 2016, section 2."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -43,7 +62,7 @@ class CLIPTextConfig:
 
 
 class CLIPTextEncoder(nn.Module):
-    """tokens (B, S) -> context (B, S, D): every token, knowing the tokens before it. Radford et al. 2021, section 2.4."""
+    """tokens (B, S) -> context (B, S, D): each token, knowing those before it. Radford et al. 2021, section 2.4."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -57,9 +76,10 @@ class CLIPTextEncoder(nn.Module):
 
     def hidden_states(self, tokens: Tensor) -> list[Tensor]:
         """The embedding and the output of each layer: layers + 1 tensors (B, S, D), before the final LayerNorm."""
-        if tokens.shape[-1] > self.config.positions:
-            raise ValueError(f"{tokens.shape[-1]} tokens do not fit into {self.config.positions} positions: truncate them")
-        x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[-1]]
+        length, positions = tokens.shape[-1], self.config.positions
+        if length > positions:
+            raise ValueError(f"{length} tokens do not fit into {positions} positions: truncate them")
+        x = self.token_embedding(tokens) + self.position_embedding.weight[:length]
         states = [x]
         for layer in self.layers:
             states.append(layer(states[-1], causal=True))
@@ -72,7 +92,7 @@ class CLIPTextEncoder(nn.Module):
         return self.final_layer_norm(self.hidden_states(tokens)[-1 - skip])
 
     def pool(self, tokens: Tensor, context: Tensor) -> Tensor:
-        """The context at the first end token, which has seen the whole text: (B, D). The end token is the last of the vocabulary."""
+        """The context (B, D) at the first end token, the last of the vocabulary, which has seen the whole text."""
         end = (tokens == self.config.vocab - 1).int().argmax(dim=-1)
         return context[torch.arange(len(context), device=context.device), end]
 
@@ -104,6 +124,9 @@ class CLIPImageEncoder(nn.Module):
         nn.init.normal_(self.position_embedding.weight, std=scale)
 
     def forward(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        if (height, width) != (self.config.size, self.config.size):
+            raise ValueError(f"the picture is {width}x{height}, this tower sees {self.config.size} squared: resize it")
         patches = self.patch_embedding(image).flatten(2).transpose(1, 2)  # (B, T, D)
         first = self.class_embedding.expand(len(image), 1, -1).to(patches)
         x = self.pre_layernorm(torch.cat([first, patches], dim=1) + self.position_embedding.weight)
@@ -137,9 +160,3 @@ class CLIP(nn.Module):
     def forward(self, tokens: Tensor, image: Tensor) -> Tensor:
         """Scaled cosines (texts, images)."""
         return self.logit_scale.exp().clamp(max=100.0) * self.embed_text(tokens) @ self.embed_image(image).T
-
-
-def contrastive_loss(logits: Tensor) -> Tensor:
-    """Text i belongs to image i: cross-entropy along the rows and along the columns of logits (B, B), averaged."""
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

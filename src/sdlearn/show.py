@@ -13,12 +13,15 @@ from torch import Tensor
 COLOURS = ["#2f6f9f", "#d2612f", "#4c9a52", "#8967aa", "#c9a227", "#c44e6d", "#4a4a4a", "#2aa198"]
 
 
-def use_style() -> None:
-    """One look for every figure of the book: white ground (legible in dark mode), sober axes, our palette."""
+def use_style(picture_format: str = "png") -> None:
+    """One look for every figure of the book: white ground (legible in dark mode), sober axes, our palette.
+
+    picture_format: "png", or "jpeg" in chapters full of pictures, which it keeps small.
+    """
     with suppress(ImportError):  # in a notebook: figures as PNG at a modest size
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-        set_matplotlib_formats("png", dpi=100)
+        set_matplotlib_formats(picture_format, dpi=100)
     plt.rcParams.update({
         "figure.figsize": (7.0, 3.2), "figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 10,
         "axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
@@ -36,12 +39,16 @@ def to_array(image: Image.Image | np.ndarray | Tensor) -> np.ndarray:
     return np.asarray(image)
 
 
-def images(pictures: Sequence[Any] | Tensor, titles: Sequence[str] | None = None, columns: int = 8, size: float = 1.6) -> Figure:
+def images(
+    pictures: Sequence[Any] | Tensor, titles: Sequence[str] | None = None, columns: int = 8, size: float = 1.6
+) -> Figure:
     """A grid of pictures: PIL images, uint8 arrays, or tensors (B, 3, H, W) in [-1, 1]; `size` in inches each."""
     arrays = [to_array(picture) for picture in pictures]
     columns = min(columns, len(arrays))
     rows = -(-len(arrays) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, (size + 0.25 * bool(titles)) * rows), squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(size * columns, (size + 0.25 * bool(titles)) * rows), squeeze=False
+    )
     for axis in axes.flat:
         axis.axis("off")
     for i, (axis, array) in enumerate(zip(axes.flat, arrays, strict=False)):
@@ -66,7 +73,9 @@ def heatmap(matrix: Tensor | np.ndarray, rows: Sequence[str] | None = None, colu
     if values:
         middle = (array.max() + array.min()) / 2
         for (i, j), value in np.ndenumerate(array):
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="black" if value > middle else "white")
+            axis.text(
+                j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="black" if value > middle else "white"
+            )
     else:
         figure.colorbar(drawn, ax=axis)
     return figure

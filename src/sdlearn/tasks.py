@@ -1,14 +1,17 @@
-"""scenes -> losses: what the VAE, CLIP and the U-Net of the tiny Stable Diffusion learn. Chapter 09, book/09_training.ipynb."""
+"""scenes -> losses: what VAE, CLIP and U-Net learn from. Chapter 09, book/09_training.ipynb."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdlearn.clip import CLIP, CLIPTextEncoder, contrastive_loss
+from sdlearn.ddpm import sample
+from sdlearn.guidance import Guided
 from sdlearn.scenes import BACKGROUNDS, COLOURS, SIZE, Scene, random_scene, random_thing, split_of
 from sdlearn.schedule import Schedule, add_noise, training_target
 from sdlearn.tokenizer import Tokenizer
@@ -22,6 +25,11 @@ def to_tensor(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(picture).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def normal(rngs: Sequence[random.Random], *shape: int) -> Tensor:
+    """Standard normal noise, one sample for each generator: (B, *shape)."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(r.getrandbits(63))) for r in rngs])
+
+
 class VAETask(Task):
     """Give the picture back after squeezing it through the latents; chapter 05 explains the losses."""
 
@@ -29,8 +37,10 @@ class VAETask(Task):
         super().__init__()
         self.vae, self.crop, self.kl = vae, crop, kl
 
-    def examples(self, count: int, rng: random.Random) -> dict[str, Tensor]:
-        return {"image": torch.stack([self.crop_of(random_scene(rng), rng) for _ in range(count)])}
+    def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
+        image = torch.stack([self.crop_of(random_scene(rng), rng) for rng in rngs])
+        size = image.shape[-1] // 2 ** (len(self.vae.config.channels) - 1)
+        return {"image": image, "noise": normal(rngs, self.vae.config.latent_channels, size, size)}
 
     def crop_of(self, scene: Scene, rng: random.Random) -> Tensor:
         """The whole picture, or a square of it near one of its things."""
@@ -41,10 +51,11 @@ class VAETask(Task):
         left, top = (min(max(at - half + rng.randint(-28, 28), 0), room) for at in (thing.x, thing.y))
         return image[:, top : top + self.crop, left : left + self.crop]
 
-    def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         image = batch["image"].contiguous(memory_format=torch.channels_last)
         latents = self.vae.encode(image)
-        error = self.vae.decode(self.vae.config.scale * latents.sample(generator)).float() - image
+        sample = latents.mean + (0.5 * latents.logvar).exp() * batch["noise"]
+        error = self.vae.decode(self.vae.config.scale * sample).float() - image
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         absolute, squared = error.abs().mean(), error.square().mean()
         kl = latents.kl().float().mean() / latents.mean[0].numel()  # nats for each latent number
@@ -59,7 +70,7 @@ def scene_tokenizer() -> Tokenizer:
 
 
 def family(rng: random.Random) -> list[Scene]:
-    """A scene and three that differ from it in one thing each: the hard negatives of Yuksekgonul et al. 2023, section 4."""
+    """A scene and three that differ in one thing each: hard negatives, Yuksekgonul et al. 2023, section 4."""
     scene = random_scene(rng)
     thing = rng.randrange(len(scene.things))
 
@@ -75,7 +86,9 @@ def family(rng: random.Random) -> list[Scene]:
         scene,
         scene.mirrored() if len(scene.things) == 2 else replace(scene, background=rng.choice(another)),
         changed(name=other.name, colour=other.colour),
-        changed(colour=rng.choice(colours)) if scene.things[thing].colour else replace(scene, background=rng.choice(another)),
+        changed(colour=rng.choice(colours))
+        if scene.things[thing].colour
+        else replace(scene, background=rng.choice(another)),
     ]
     if len({x.name for x in scenes[2].things}) == len(scene.things) and {split_of(x) for x in scenes} == {"train"}:
         return scenes
@@ -89,23 +102,29 @@ class CLIPTask(Task):
         super().__init__()
         self.clip, self.tokenizer = clip, tokenizer
 
-    def examples(self, count: int, rng: random.Random) -> dict[str, Tensor]:
+    def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
         scenes, captions = [], []
-        for _ in range(count // 4):
+        for rng in rngs[::4]:
             exact = rng.random() < 0.75
             for scene in family(rng):
                 scenes.append(scene)
-                captions.append((scene.turned() if rng.random() < 0.5 else scene).sentence() if exact else scene.caption(rng))
+                captions.append(
+                    (scene.turned() if rng.random() < 0.5 else scene).sentence() if exact else scene.caption(rng)
+                )
         tokens = self.tokenizer(captions)
-        longest = int((tokens == self.tokenizer.eos).int().argmax(dim=1).max()) + 1  # what follows cannot change the end token
+        longest = (
+            int((tokens == self.tokenizer.eos).int().argmax(dim=1).max()) + 1
+        )  # what follows cannot change the end token
         return {"tokens": tokens[:, :longest], "image": torch.stack([to_tensor(scene.render()) for scene in scenes])}
 
-    def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         logits = self.clip(batch["tokens"], batch["image"]).float()
         right = torch.arange(len(logits), device=logits.device)
-        return {"loss": contrastive_loss(logits), "images_found": (logits.argmax(1) == right).float().mean(),
-                "texts_found": (logits.argmax(0) == right).float().mean()}
-
+        return {
+            "loss": contrastive_loss(logits),
+            "images_found": (logits.argmax(1) == right).float().mean(),
+            "texts_found": (logits.argmax(0) == right).float().mean(),
+        }
 
 
 def numbered_scene(number: int) -> Scene:
@@ -113,13 +132,13 @@ def numbered_scene(number: int) -> Scene:
     return random_scene(random.Random(number))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_scenes(vae: VAE, numbers: range, batch: int = 32) -> Tensor:
-    """The latents of numbered scenes, before the scale: (N, 4, 16, 16) float16. The mean stands for the narrow Gaussian."""
+    """The latents of numbered scenes, before the scale: (N, 4, 16, 16) float16, the means."""
     device = next(vae.parameters()).device
     chunks = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
     pictures = (torch.stack([to_tensor(numbered_scene(n).render()) for n in chunk]) for chunk in chunks)
-    return torch.cat([vae.encode(x.to(device)).mean.half().cpu() for x in pictures])
+    return torch.cat([vae.encode(x.to(device)).mean.float().cpu() for x in pictures]).half()
 
 
 def latent_bank(vae: VAE, count: int, path: Path, chunk: int = 2048) -> Tensor:
@@ -135,34 +154,76 @@ def latent_bank(vae: VAE, count: int, path: Path, chunk: int = 2048) -> Tensor:
 def loss_weights(schedule: Schedule, most: float = 10.0, floor: float = 0.05) -> Tensor:
     """How much the squared error of eps counts at each t: (steps,), mean 1.
 
-    Plain eps-loss hardly counts a wrong x0 where noise is strong, and that is where the words decide what goes where. The
-    weight (min(snr, most) + 1) / (snr + floor) follows Hang et al. 2023 (section 3.4) at low noise, v-prediction at high noise.
+    Plain eps-loss hardly counts a wrong x0 where noise is strong, and that is where the words decide what goes where.
+    The weight (min(snr, most) + 1) / (snr + floor) follows Hang et al. 2023 (section 3.4) at low noise, and
+    v-prediction at high noise.
     """
     snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
     weights = (snr.clamp(max=most) + 1) / (snr + floor)
     return weights / weights.mean()
 
 
-class DenoiseTask(Task):
-    """Tell the noise in noisy latents, given the words; Ho et al. 2020, algorithm 1. One caption in ten is empty (chapter 10)."""
+PREVIEW = (
+    "a red apple on a blue background",
+    "a cat on a yellow background",
+    "a purple guitar to the left of a tiger on a white background",
+    "a yellow star above a green bus on a pink background",
+)
 
-    def __init__(self, unet: UNet, text_encoder: CLIPTextEncoder, tokenizer: Tokenizer, latents: Tensor,
-                 schedule: Schedule, drop: float = 0.1, joint: bool = False):
+
+class DenoiseTask(Task):
+    """Tell the noise in noisy latents, given the words (Ho et al. 2020, algorithm 1); one caption in ten is empty.
+
+    offset: how much each channel's mean of the noise varies beyond chance. The schedule never quite reaches pure noise,
+    so the background shines through at t = 999, and would be read there instead of in the words (Lin et al. 2023,
+    section 3.1). Offset noise hides it; SDXL was trained so too (Podell et al. 2024, section 2.5).
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        text_encoder: CLIPTextEncoder,
+        tokenizer: Tokenizer,
+        latents: Tensor,
+        schedule: Schedule,
+        drop: float = 0.1,
+        offset: float = 0.1,
+        joint: bool = False,
+        vae: VAE | None = None,
+    ):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder.requires_grad_(joint)
-        self.tokenizer, self.latents, self.schedule, self.drop = tokenizer, latents, schedule, drop
+        self.vae = vae.requires_grad_(False) if vae else None  # only for the preview
+        self.tokenizer, self.latents, self.schedule = tokenizer, latents, schedule
+        self.drop, self.offset = drop, offset
         self.register_buffer("weights", loss_weights(schedule), persistent=False)
 
-    def examples(self, count: int, rng: random.Random) -> dict[str, Tensor]:
-        numbers = [rng.randrange(len(self.latents)) for _ in range(count)]
-        captions = ["" if rng.random() < self.drop else numbered_scene(n).caption(rng) for n in numbers]
-        return {"latents": self.latents[numbers].float(), "tokens": self.tokenizer(captions)}
+    def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
+        numbers = [rng.randrange(len(self.latents)) for rng in rngs]
+        told = [
+            (rng.random() < self.drop, numbered_scene(n).caption(rng)) for n, rng in zip(numbers, rngs, strict=True)
+        ]
+        channels, *size = self.latents.shape[1:]
+        return {
+            "latents": self.latents[numbers].float(),
+            "tokens": self.tokenizer(["" if dropped else caption for dropped, caption in told]),
+            "t": torch.tensor([rng.randrange(self.schedule.steps) for rng in rngs]),
+            "noise": normal(rngs, channels, *size) + self.offset * normal(rngs, channels, 1, 1),
+        }
 
-    def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        x0 = batch["latents"]
-        t = torch.randint(self.schedule.steps, (len(x0),), generator=generator).to(x0.device)
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        x0, noise, t = batch["latents"], batch["noise"], batch["t"]
         xt = add_noise(self.schedule, x0, noise, t).contiguous(memory_format=torch.channels_last)
         output = self.unet(xt, t, self.text_encoder(batch["tokens"])).float()
         error = (output - training_target(self.schedule, x0, noise, t)).square().mean(dim=(1, 2, 3))
         return {"loss": (self.weights[t] * error).mean(), "plain": error.mean()}
+
+    @torch.inference_mode()
+    def preview(self, prompts: Sequence[str] = PREVIEW, steps: int = 25, scale: float = 5.0) -> Tensor:
+        """A picture for each prompt, from the same noise every time: (B, 3, 128, 128)."""
+        device = self.weights.device
+        context, empty = (self.text_encoder(self.tokenizer(text).to(device)) for text in (list(prompts), ""))
+        noise = normal([random.Random(i) for i in range(len(prompts))], *self.latents.shape[1:]).to(device)
+        denoise = Guided(self.unet, context, empty, scale)
+        *_, last = sample(denoise, noise, self.schedule, self.schedule.timesteps(steps), "ddim")
+        return self.vae.decode(last.latents)

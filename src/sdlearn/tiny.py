@@ -1,25 +1,34 @@
-"""recipes -> checkpoints/tiny: the sizes of the tiny Stable Diffusion and the stages of its training. Chapter 09, book/09_training.ipynb."""
+"""recipes -> checkpoints/tiny: the sizes of the tiny Stable Diffusion and the stages of its training."""
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import torch
-from torch import nn
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig
+from sdlearn.judge import Judge, JudgeTask
+from sdlearn.pictures import to_image
+from sdlearn.scenes import SIZE
 from sdlearn.schedule import Schedule
 from sdlearn.tasks import CLIPTask, DenoiseTask, VAETask, latent_bank, scene_tokenizer
 from sdlearn.tokenizer import Tokenizer
-from sdlearn.training import Recipe, Task, averaged_weights, fastest_precision, saved_recipe, train
+from sdlearn.training import Recipe, Task, averaged_weights, fastest_precision, save_atomically, saved_recipe, train
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
 from sdlearn.weights import save_clip, save_pipeline
 
 SCHEDULE = Schedule()
-VAE_SIZES = VAEConfig(channels=(16, 48, 96, 192), blocks=1, groups=8, scale=1.0)  # the scale is measured when training ends
+VAE_SIZES = VAEConfig(
+    channels=(16, 48, 96, 192), blocks=1, groups=8, scale=1.0
+)  # the scale is measured when training ends
 IMAGE_SIZES = CLIPImageConfig(size=128, patch=16, width=128, layers=4, heads=4)
 UNET_SIZES = UNetConfig((96, 192, 224), attention=(False, True, True), heads=(3, 6, 7), blocks=1, context_width=192)
 
@@ -29,11 +38,13 @@ def text_sizes(tokenizer: Tokenizer) -> CLIPTextConfig:
 
 
 STAGES = {  # in the order of training, as for Stable Diffusion itself
-    "clip": Recipe(steps=1_500, batch=128, lr=1e-3, ema=0.998, decay=0.05, cooldown=300),
-    "vae": Recipe(steps=8_000, batch=8, lr=1e-3, ema=0.998),
+    "clip": Recipe(steps=1_000, batch=128, lr=1e-3, ema=0.998, decay=0.05, cooldown=250),
+    "vae": Recipe(steps=6_000, batch=8, lr=1e-3, ema=0.998, cooldown=1_000),
     "decoder": Recipe(steps=4_000, batch=6, lr=7e-4, ema=0.998, cooldown=1_000),
-    "unet": Recipe(steps=20_000, batch=32, lr=7e-4, ema=0.9995, cooldown=2_000),
+    "judge": Recipe(steps=6_000, batch=16, lr=1e-3, ema=0.998, cooldown=1_000),
+    "unet": Recipe(steps=20_000, batch=32, lr=8e-4, ema=0.999, cooldown=2_000),
 }
+PREVIEW_EVERY = 500  # steps of the U-Net
 BANK = 49_152  # training scenes whose latents are computed once
 
 
@@ -69,7 +80,7 @@ def make_decoder(runs: Path) -> VAETask:
 
 
 def best_vae(runs: Path) -> VAE:
-    """The trained VAE, with the better decoder if that stage has run, and its scale measured: 1 / std of the latents."""
+    """The trained VAE, with the better decoder if that stage has run, and its scale measured: 1 / std."""
     task = make_decoder(runs)
     if (runs / "decoder" / "state.pt").exists():
         trained(task, runs, "decoder")
@@ -78,30 +89,66 @@ def best_vae(runs: Path) -> VAE:
     return task.vae.eval()
 
 
+def make_judge(runs: Path | None = None) -> JudgeTask:
+    task = JudgeTask(channels_last(Judge()))
+    return trained(task, runs, "judge") if runs else task
+
+
 def make_unet(runs: Path, bank: int = BANK) -> DenoiseTask:
+    """The U-Net, and the text encoder with it: left alone, it does not tell sides apart (chapter 09 measures that)."""
     vae, clip = best_vae(runs), make_clip(runs)
     latents = latent_bank(vae, bank, runs / "latents.pt") * vae.config.scale
-    return DenoiseTask(channels_last(UNet(UNET_SIZES)), clip.clip.text_encoder, clip.tokenizer, latents, SCHEDULE)
+    unet = channels_last(UNet(UNET_SIZES))
+    return DenoiseTask(unet, clip.clip.text_encoder, clip.tokenizer, latents, SCHEDULE, joint=True, vae=vae)
 
 
 MAKE: dict[str, Callable[[Path], Task]] = {
-    "clip": lambda runs: make_clip(), "vae": lambda runs: make_vae(), "decoder": make_decoder, "unet": make_unet,
+    "clip": lambda runs: make_clip(),
+    "vae": lambda runs: make_vae(),
+    "decoder": make_decoder,
+    "judge": lambda runs: make_judge(),
+    "unet": make_unet,
 }
 
 
 def export(runs: Path, folder: Path) -> None:
-    """Write what was trained, as a checkpoint that this package and diffusers load."""
+    """Write what was trained, as a checkpoint that this package and diffusers load, with its judge and its history."""
     clip, unet = make_clip(runs), trained(make_unet(runs, bank=2048), runs, "unet")
-    save_pipeline(folder, clip.tokenizer, unet.text_encoder, best_vae(runs), unet.unet, SCHEDULE)
+    save_pipeline(folder, clip.tokenizer, unet.text_encoder, best_vae(runs), unet.unet, SCHEDULE, size=SIZE)
     save_clip(folder, clip.clip)
+    judge = {name: x.half().contiguous() for name, x in make_judge(runs).judge.state_dict().items()}
+    save_atomically(lambda part: save_file(judge, part), folder / "judge" / "model.safetensors")
+    for stage in STAGES:
+        if (runs / stage / "log.jsonl").exists():
+            history = thinned((runs / stage / "log.jsonl").read_text("utf-8").splitlines())
+            save_atomically(
+                lambda part, text=history: part.write_text(text, "utf-8"), folder / "history" / f"{stage}.jsonl"
+            )
+    previews = sorted((runs / "unet").glob("preview-*.png"))
+    for old in (folder / "history").glob("preview-*"):
+        old.unlink()
+    for place in torch.logspace(0, 1, 8).sub(1).div(9).mul(len(previews) - 1).round().int().unique().tolist():
+        with Image.open(previews[place]) as preview:
+            preview.save(folder / "history" / f"{previews[place].stem}.jpg", quality=90)
+
+
+def thinned(lines: list[str], most: int = 200) -> str:
+    """At most about `most` of the lines, evenly spaced."""
+    return "\n".join(lines[:: -(-len(lines) // most)]) + "\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("stage", choices=[*STAGES, "export", "all"], help="what to train; all: every stage, then export")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where training keeps its state (default: runs)")
+    parser.add_argument(
+        "stage", choices=[*STAGES, "export", "all"], help="what to train; all: every stage, then export"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="where training keeps its state (default: runs)"
+    )
     parser.add_argument("--to", type=Path, default=Path("checkpoints/tiny"), help="where export writes the checkpoint")
     parser.add_argument("--steps", type=int, help="train up to this step instead of the recipe's")
-    parser.add_argument("--precision", choices=["auto", "no", "bf16", "fp16"], default="auto", help="auto: measured here")
+    parser.add_argument(
+        "--precision", choices=["auto", "no", "bf16", "fp16"], default="auto", help="auto: measured here"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads")
 
 
@@ -124,10 +171,24 @@ def train_stage(stage: str, runs: Path, steps: int | None, precision: str) -> No
     if precision == "auto":  # an interrupted run goes on in its own precision
         precision = saved_recipe(runs / stage / "state.pt").get("precision") or fastest_precision(task)
     recipe = replace(recipe, steps=steps, precision=precision)
-    with tqdm(total=steps, desc=stage, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=steps, desc=stage, unit="step", dynamic_ncols=True) as bar, log_file(runs / stage) as log:
 
         def report(step: int, scalars: dict[str, float]) -> None:
             bar.update(step - bar.n)
             bar.set_postfix({name: f"{scalars[name]:.3g}" for name in scalars if name not in ("lr", "norm")})
+            log.write(json.dumps({"step": step} | {name: round(x, 6) for name, x in scalars.items()}) + "\n")
+            log.flush()
 
-        train(task, recipe, runs / stage, report=report)
+        def show(step: int, pictures: Tensor) -> None:
+            film = torch.cat(list(pictures), dim=-1)
+            to_image(film).save(runs / stage / f"preview-{step:06d}.png")
+
+        train(
+            task, recipe, runs / stage, report=report, show=show, preview_every=PREVIEW_EVERY if stage == "unet" else 0
+        )
+
+
+def log_file(folder: Path) -> TextIO:
+    """Every figure that the loop reports, one JSON object a line; a resumed run goes on at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return open(folder / "log.jsonl", "a", encoding="utf-8")

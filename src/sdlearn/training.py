@@ -3,21 +3,22 @@
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-class Task(nn.Module):
-    """What one network learns: its weights, its examples and its loss. Everything random comes from the two generators."""
 
-    def examples(self, count: int, rng: random.Random) -> dict[str, Tensor]:
-        """A batch of `count` fresh examples."""
+class Task(nn.Module):
+    """What one network learns: weights, examples, loss. Everything random comes from the generators of the examples."""
+
+    def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
+        """A batch of fresh examples, each drawn with a generator of its own."""
         raise NotImplementedError
 
-    def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The losses of a batch, named; the one called "loss" is minimised."""
         raise NotImplementedError
 
@@ -33,13 +34,22 @@ class Recipe:
     steps: int
     batch: int
     lr: float = 1e-3
-    warmup: int = 200        # steps in which the learning rate rises from 0
-    cooldown: int = 0        # last steps, in which it falls to 0 again
-    decay: float = 0.01      # AdamW's weight decay
-    ema: float = 0.999       # the averaged weights forget with a time constant of 1 / (1 - ema) steps
-    clip: float = 1.0        # largest norm of the gradient
-    precision: str = "no"    # "no" (float32), "bf16" or "fp16"
+    warmup: int = 200  # steps in which the learning rate rises from 0
+    cooldown: int = 0  # last steps, in which it falls to 0 again
+    decay: float = 0.01  # AdamW's weight decay
+    ema: float = 0.999  # the averaged weights forget with a time constant of 1 / (1 - ema) steps
+    clip: float = 1.0  # largest norm of the gradient
+    precision: str = "no"  # "no" (float32), "bf16" or "fp16"
     seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: a training run needs at least 1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema}: give a number from 0 (no averaging) to below 1")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"precision {self.precision!r} is unknown: use no, bf16 or fp16")
 
     def rate(self, step: int) -> float:
         """The learning rate at a step, counted from 0."""
@@ -49,7 +59,7 @@ class Recipe:
 
 
 class Average:
-    """An exponential moving average of the trained weights, float32; Song & Ermon 2020 (arXiv:2006.09011), section 5."""
+    """An exponential moving average of the trained weights; Song & Ermon 2020 (arXiv:2006.09011), section 5."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
@@ -58,7 +68,9 @@ class Average:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))  # early on, forget the random start quickly
-        mine, new = zip(*((self.weights[n], p.detach()) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+        mine, new = zip(
+            *((self.weights[n], p.detach()) for n, p in model.named_parameters() if p.requires_grad), strict=True
+        )
         torch._foreach_lerp_(list(mine), list(new), 1 - decay)
 
     @torch.no_grad()
@@ -72,7 +84,7 @@ class Average:
 
 
 def save_atomically(write: Callable[[Path], None], path: Path) -> None:
-    """Write beside the target, flush to disk, then rename: at every moment the old file or the new one is there, whole."""
+    """Write beside the target, flush, rename: at every moment the old file or the new one is there, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -84,36 +96,57 @@ def save_atomically(write: Callable[[Path], None], path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def train(task: Task, recipe: Recipe, folder: Path, *, log_every: int = 50, save_every: int = 500,
-          preview_every: int = 0, report: Callable[[int, dict[str, float]], None] = lambda step, scalars: None) -> None:
-    """Teach a task until recipe.steps; an interrupted run goes on from `folder`/state.pt and ends with the same weights.
+def generators(recipe: Recipe, step: int) -> list[random.Random]:
+    """One random generator for each example of a step: what a step sees follows from its number, and nothing else."""
+    return [random.Random(f"{recipe.seed} {step} {i}") for i in range(recipe.batch)]
 
-    Several processes (`accelerate launch`) share the batch between them. At the end the task holds the averaged weights.
+
+def train(
+    task: Task,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    log_every: int = 50,
+    save_every: int = 500,
+    preview_every: int = 0,
+    report: Callable[[int, dict[str, float]], None] = lambda step, scalars: None,
+    show: Callable[[int, Tensor], None] = lambda step, pictures: None,
+) -> None:
+    """Teach a task until recipe.steps; an interrupted run goes on from `folder`/state.pt to the same weights.
+
+    Several processes (`accelerate launch`) share the batch, and learn what one process would. At the end the task holds
+    the averaged weights.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    AcceleratorState._reset_state()  # or the first run of a Python process would fix the precision of all later ones
     accelerator = Accelerator(mixed_precision=recipe.precision, log_with="tensorboard", project_dir=folder)
     rank, world = accelerator.process_index, accelerator.num_processes
     if recipe.batch % world:
-        raise ValueError(f"a batch of {recipe.batch} does not divide among {world} processes: choose a multiple of {world}")
+        raise ValueError(
+            f"a batch of {recipe.batch} does not divide among {world} processes: choose a multiple of {world}"
+        )
+    share = recipe.batch // world
     learned = [p for p in task.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.decay)
+    optimizer = torch.optim.AdamW(learned, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.decay, fused=True)
     average = Average(task.to(accelerator.device), recipe.ema)
     first = resume(folder / "state.pt", task, optimizer, average, recipe)
     model, optimizer = accelerator.prepare(task, optimizer)
     accelerator.init_trackers("tensorboard")
     on_cpu = accelerator.device.type == "cpu"  # where attention's plain form has the faster backward pass
-    kernels = [SDPBackend.MATH] if on_cpu else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    kernels = (
+        [SDPBackend.MATH] if on_cpu else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
     started = time.perf_counter()
     for step in range(first, recipe.steps):
-        seed = (recipe.seed * 1_000_003 + step) * world + rank  # all randomness follows from the step: nothing else to save
-        batch = task.examples(recipe.batch // world, random.Random(seed))
+        batch = task.examples(generators(recipe, step)[rank * share : (rank + 1) * share])
         batch = {name: x.to(accelerator.device) for name, x in batch.items()}
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
         with sdpa_kernel(kernels), accelerator.autocast():
-            losses = model(batch, torch.Generator().manual_seed(seed))
+            losses = model(batch)
         accelerator.backward(losses["loss"])
         norm = accelerator.clip_grad_norm_(learned, recipe.clip)
         optimizer.step()
@@ -126,26 +159,48 @@ def train(task: Task, recipe: Recipe, folder: Path, *, log_every: int = 50, save
             accelerator.log(scalars, step=done)
             report(done, scalars)
         if accelerator.is_main_process and (done % save_every == 0 or done == recipe.steps):
-            state = {"step": done, "recipe": asdict(recipe), "average": average.weights, "optimizer": optimizer.state_dict(),
-                     "weights": {n: p.detach() for n, p in task.named_parameters() if p.requires_grad}}
+            state = {
+                "step": done,
+                "recipe": asdict(recipe),
+                "average": average.weights,
+                "optimizer": optimizer.state_dict(),
+                "weights": {n: p.detach() for n, p in task.named_parameters() if p.requires_grad},
+            }
             save_atomically(lambda path, state=state: torch.save(state, path), folder / "state.pt")
         if accelerator.is_main_process and preview_every and done % preview_every == 0:
             average.swap(task)
-            pictures = task.preview().add(1).div(2).clamp(0, 1)
-            accelerator.get_tracker("tensorboard").writer.add_images("preview", pictures, done)
+            pictures = task.preview().clamp(-1, 1)
+            accelerator.get_tracker("tensorboard").writer.add_images("preview", (pictures + 1) / 2, done)
+            show(done, pictures)
             average.swap(task)
     accelerator.end_training()
     average.swap(task)
+
+
+def read_state(path: Path) -> dict:
+    """A saved state, on the CPU; nothing in the file is ever executed."""
+    if not path.exists():
+        raise ValueError(f"{path} is not there: train that stage first (sdlearn train {path.parent.name})")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: state[name] for name in ("step", "recipe", "average", "optimizer", "weights")}
+    except Exception as error:  # damaged bytes fail in many ways
+        raise ValueError(f"{path} is not a readable training state ({type(error).__name__}): remove it") from None
 
 
 def resume(path: Path, task: Task, optimizer: torch.optim.Optimizer, average: Average, recipe: Recipe) -> int:
     """Put a saved state back, if there is one; returns the number of steps that are done."""
     if not path.exists():
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    changed = {name for name, value in asdict(recipe).items() if value != state["recipe"].get(name)} - {"steps", "cooldown"}
+    state = read_state(path)
+    free = {"steps", "cooldown"}  # a run may be made longer, and end gently
+    changed = {name for name, value in asdict(recipe).items() if value != state["recipe"].get(name)} - free
     if changed:
-        raise ValueError(f"{path} was made with another {', '.join(sorted(changed))}: use the same recipe or another folder")
+        raise ValueError(
+            f"{path} was made with another {', '.join(sorted(changed))}: use the same recipe or another folder"
+        )
+    if {n: x.shape for n, x in state["average"].items()} != {n: x.shape for n, x in average.weights.items()}:
+        raise ValueError(f"{path} was made by another network: use the same sizes or another folder")
     task.load_state_dict(state["weights"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     for name, value in state["average"].items():
@@ -153,17 +208,14 @@ def resume(path: Path, task: Task, optimizer: torch.optim.Optimizer, average: Av
     return state["step"]
 
 
-
 def averaged_weights(path: Path) -> dict[str, Tensor]:
     """The averaged weights in a saved state."""
-    if not path.exists():
-        raise ValueError(f"{path} is not there: train that stage first (sdlearn train {path.parent.name})")
-    return torch.load(path, map_location="cpu", weights_only=True)["average"]
+    return read_state(path)["average"]
 
 
 def saved_recipe(path: Path) -> dict:
     """The recipe of a saved state; empty if there is none."""
-    return torch.load(path, map_location="cpu", weights_only=True)["recipe"] if path.exists() else {}
+    return read_state(path)["recipe"] if path.exists() else {}
 
 
 def fastest_precision(task: Task, count: int = 8) -> str:
@@ -172,12 +224,12 @@ def fastest_precision(task: Task, count: int = 8) -> str:
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if torch.backends.mps.is_available():
         return "no"
-    batch, seconds = task.examples(count, random.Random(0)), {}
+    batch, seconds = task.examples([random.Random(i) for i in range(count)]), {}
     for precision in ("no", "bf16"):
         for _ in range(2):  # the first round warms up
             started = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                task(batch, torch.Generator().manual_seed(0))["loss"].backward()
+                task(batch)["loss"].backward()
             seconds[precision] = time.perf_counter() - started
     task.zero_grad(set_to_none=True)
     return min(seconds, key=seconds.__getitem__)

@@ -1,4 +1,6 @@
-"""image <-> latents: the variational autoencoder. Chapter 05, book/05_vae.ipynb."""
+"""image <-> latents: the variational autoencoder. Chapter 05.
+Exported from book/05_vae.ipynb by `make export`; edit it there.
+"""
 
 from dataclasses import dataclass
 
@@ -7,6 +9,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdlearn.blocks import AttentionBlock, Downsample, ResBlock, Upsample
+
+__all__ = ["DiagonalGaussian", "VAEConfig", "Level", "Middle", "Encoder", "Decoder", "VAE"]
+
+
+class DiagonalGaussian:
+    """A normal distribution for every latent number, made from moments (B, 2C, h, w) = [mean, logvar].
+
+    Kingma & Welling 2014, section 3 and appendix B.
+    """
+
+    def __init__(self, moments: Tensor):
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """mean + std * noise; the noise is drawn on the CPU, so a seed means the same on every device."""
+        noise = torch.randn(self.mean.shape, generator=generator).to(self.mean)
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def kl(self) -> Tensor:
+        """Kullback-Leibler divergence from the standard normal distribution, in nats for each picture: (B,)."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 
 @dataclass(frozen=True)
@@ -92,26 +116,6 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class DiagonalGaussian:
-    """A normal distribution for every latent number, made from moments (B, 2C, h, w) = [mean, logvar].
-
-    Kingma & Welling 2014, section 3 and appendix B.
-    """
-
-    def __init__(self, moments: Tensor):
-        self.mean, logvar = moments.chunk(2, dim=1)
-        self.logvar = logvar.clamp(-30.0, 20.0)
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std * noise; the noise is drawn on the CPU, so a seed means the same on every device."""
-        noise = torch.randn(self.mean.shape, generator=generator).to(self.mean)
-        return self.mean + (0.5 * self.logvar).exp() * noise
-
-    def kl(self) -> Tensor:
-        """Kullback-Leibler divergence from the standard normal distribution, in nats for each picture: (B,)."""
-        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
-
-
 class VAE(nn.Module):
     """image (B, 3, H, W) in [-1, 1] <-> latents (B, 4, H/8, W/8) with a standard deviation near one.
 
@@ -130,7 +134,9 @@ class VAE(nn.Module):
     def encode(self, image: Tensor) -> DiagonalGaussian:
         """The distribution of the unscaled latents; `latents = scale * encode(image).sample()`."""
         factor = 2 ** (len(self.config.channels) - 1)
-        height, width = image.shape[-2:]
+        channels, height, width = image.shape[-3:]
+        if channels != 3:
+            raise ValueError(f"image has {channels} channels, but red, green and blue are wanted: convert it to RGB")
         if height % factor or width % factor:
             raise ValueError(f"image is {width}x{height}: both must be multiples of {factor}, so crop or resize it")
         return DiagonalGaussian(self.quant_conv(self.encoder(image)))

@@ -65,11 +65,12 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width: nearest neighbour, then a convolution."""
+    """Twice the height and width, or the `size` that is wanted: nearest neighbour, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
+        size = size or tuple(2 * side for side in x.shape[-2:])
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -177,14 +177,17 @@ class UNet(nn.Module):
             skips.append(x)
         x = self.middle(x, time, context)
         for part in self.up:
-            x = part(torch.cat([x, skips.pop()], dim=1), time, context) if isinstance(part, Stage) else part(x)
+            if isinstance(part, Stage):
+                x = part(torch.cat([x, skips.pop()], dim=1), time, context)
+            else:
+                x = part(x, skips[-1].shape[-2:])  # an odd side was halved upwards, so ask for the skip's size
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def check(self, latents: Tensor, context: Tensor) -> None:
         """Say what is wrong with the inputs, if anything, before a layer deep inside does."""
-        (height, width), step = latents.shape[-2:], 2 ** (len(self.config.channels) - 1)
-        if height % step or width % step:
-            raise ValueError(f"latents are {width}x{height}, but this U-Net needs multiples of {step}: change the size")
+        if latents.shape[1] != self.config.in_channels:
+            have, want = latents.shape[1], self.config.in_channels
+            raise ValueError(f"latents have {have} channels, but this U-Net takes {want}: use its own VAE")
         if context.shape[-1] != self.config.context_width:
             have, want = context.shape[-1], self.config.context_width
             raise ValueError(f"context is {have} wide, but this U-Net reads {want}: use its own text encoder")

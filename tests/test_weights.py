@@ -1,0 +1,316 @@
+"""Checkpoint files: names against the references, round trips, LDM single files, and every way to be wrong."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from random_model import SMALL_UNET, SMALL_VAE, random_parts, save_random_model
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel, CLIPTextModel
+
+from sdlearn import weights
+from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig, CLIPTextEncoder
+from sdlearn.config import clip_to_json, text_to_json, unet_to_json, vae_to_json
+from sdlearn.names import (
+    CLIP_RULES,
+    LDM_PREFIXES,
+    VAE_RULES,
+    clip_name,
+    ldm_unet_rules,
+    ldm_vae_rules,
+    recognise,
+    rename,
+    unet_rules,
+)
+from sdlearn.unet import UNet, UNetConfig
+from sdlearn.vae import VAE, VAEConfig
+
+UNETS = [UNetConfig(), SMALL_UNET, UNetConfig((32, 64, 64), (False, True, False), (1, 2, 4), blocks=3, groups=8)]
+VAES = [VAEConfig(), SMALL_VAE]
+
+
+def same(a, b):
+    """Two state dicts hold the same numbers under the same names."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def shapes(model, rules=()):
+    """Their names -> shapes."""
+    return {rename(name, rules): tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return folder, save_random_model(folder)
+
+
+@pytest.mark.parametrize("config", UNETS)
+def test_unet_names_and_shapes_are_those_of_diffusers(config):
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel.from_config(unet_to_json(config, 64))
+    assert shapes(weights.empty(UNet, config), unet_rules(config)) == shapes(theirs)
+
+
+@pytest.mark.parametrize("config", VAES)
+def test_vae_names_and_shapes_are_those_of_diffusers(config):
+    with torch.device("meta"):
+        theirs = AutoencoderKL.from_config(vae_to_json(config, 512))
+    ours = shapes(weights.empty(VAE, config), VAE_RULES)
+    assert ours == shapes(theirs)
+
+
+def test_clip_names_and_shapes_are_those_of_transformers():
+    text, image = CLIPTextConfig(layers=2), CLIPImageConfig(layers=3)
+    with torch.device("meta"):
+        theirs = CLIPTextModel(CLIPTextModel.config_class(**text_to_json(text)))
+        whole = CLIPModel(CLIPModel.config_class(**clip_to_json(text, image, 32)))
+    ours = weights.empty(CLIPTextEncoder, text)
+    assert shapes(ours, CLIP_RULES) == {k.removeprefix("text_model."): v for k, v in shapes(theirs).items()}
+    clip = weights.empty(CLIP, text, image, 32)
+    assert {clip_name(k): tuple(v.shape) for k, v in clip.state_dict().items()} == shapes(whole)
+
+
+@pytest.mark.parametrize("config", UNETS)
+def test_ldm_unet_names_lead_to_diffusers_names(config):
+    ours = weights.empty(UNet, config).state_dict()
+    ldm = {LDM_PREFIXES["unet"] + rename(name, ldm_unet_rules(config)): value for name, value in ours.items()}
+    assert len(ldm) == len(ours)
+    theirs = convert_ldm_unet_checkpoint(dict(ldm), unet_to_json(config, 64) | {"layers_per_block": config.blocks})
+    wanted = {rename(name, unet_rules(config)): value for name, value in ours.items()}
+    assert {k: id(v) for k, v in theirs.items()} == {k: id(v) for k, v in wanted.items()}
+
+
+@pytest.mark.parametrize("config", VAES)
+def test_ldm_vae_names_lead_to_diffusers_names(config):
+    ours = weights.empty(VAE, config).state_dict()
+    ldm = {LDM_PREFIXES["vae"] + rename(name, ldm_vae_rules(config)): value for name, value in ours.items()}
+    theirs = convert_ldm_vae_checkpoint(dict(ldm), vae_to_json(config, 512))
+    assert {k: tuple(v.shape) for k, v in theirs.items()} == shapes(weights.empty(VAE, config), VAE_RULES)
+    attention = "encoder.mid_block.attentions.0"
+    assert theirs[f"{attention}.to_out.0.weight"] is ours["encoder.middle.attention.attention.to_out.weight"]
+
+
+def test_full_size_counts():
+    models = {(UNet, UNetConfig()): (859_520_964, 686), (VAE, VAEConfig()): (83_653_863, 248)}
+    models[CLIPTextEncoder, CLIPTextConfig()] = (123_060_480, 196)
+    for (make, config), (numbers, tensors) in models.items():
+        state = weights.empty(make, config).state_dict()
+        assert (sum(x.numel() for x in state.values()), len(state)) == (numbers, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_saved_is_loaded(tmp_path, dtype):
+    parts = save_random_model(tmp_path, dtype)
+    loaded = weights.load(tmp_path, dtype=None)
+    modes = {path.stat().st_mode for path in tmp_path.rglob("*.*") if path.is_file()}
+    assert len(modes) == 1  # all as readable as any new file
+    assert loaded.size == 32 and loaded.schedule == parts.schedule and loaded.tokenizer.vocab == parts.tokenizer.vocab
+    for mine, theirs in zip(loaded[1:4], parts[1:4], strict=True):
+        assert mine.config == theirs.config and not mine.training
+        assert same(mine.state_dict(), {k: v.to(dtype) for k, v in theirs.state_dict().items()})
+        assert all(p.requires_grad and p.device.type == "cpu" for p in mine.parameters())
+    tokenizer, clip = weights.load_clip(tmp_path)
+    assert len(tokenizer) == clip.text_encoder.config.vocab
+    assert same(clip.state_dict(), {k: v.to(dtype).float() for k, v in random_parts()[1].state_dict().items()})
+
+
+def test_loading_draws_no_random_numbers_and_imports_no_compiler(model):
+    state = torch.get_rng_state()
+    weights.load(model[0])
+    assert torch.equal(state, torch.get_rng_state())
+    code = f"import sys; from sdlearn.weights import *; load({str(model[0])!r}); load_clip({str(model[0])!r})"
+    code += "; sys.exit('sympy' in sys.modules or 'torch._inductor' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def ldm_tensors(parts):
+    """The parts as CompVis' code would save them, with all that comes along."""
+    rules = {"unet": ldm_unet_rules(parts.unet.config), "vae": ldm_vae_rules(parts.vae.config), "text": CLIP_RULES}
+    models = {"unet": parts.unet, "vae": parts.vae, "text": parts.text_encoder}
+    inner = {"unet": "", "vae": "", "text": "text_model."}
+    found = {}
+    for part, network in models.items():
+        for name, value in network.state_dict().items():
+            theirs = LDM_PREFIXES[part] + inner[part] + rename(name, rules[part])
+            is_conv = ".mid.attn_1." in theirs and value.ndim == 2
+            found[theirs] = value[:, :, None, None].clone() if is_conv else value.clone()
+    position_ids = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+    tables = ["betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+              "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "logvar",
+              "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
+              "lvlb_weights", "scale_factor", "model_ema.decay", "model_ema.num_updates",
+              "model_ema.diffusion_modelinput_blocks00weight", "first_stage_model.loss.logvar"]  # fmt: skip
+    return found | position_ids | {name: torch.zeros(3) for name in tables}
+
+
+@pytest.fixture(scope="module")
+def single(model):
+    return ldm_tensors(model[1])
+
+
+def load_small(path, parts):
+    return weights.load_single_file(path, None, parts.text_encoder.config, SMALL_VAE, SMALL_UNET)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt", "nested ckpt", "no text_model"])
+def test_single_file_of_compvis(tmp_path, model, single, kind):
+    path = tmp_path / ("sd.ckpt" if "ckpt" in kind else "sd.safetensors")
+    tensors = single
+    if kind == "no text_model":
+        tensors = {name.replace("transformer.text_model.", "transformer."): value for name, value in single.items()}
+    if path.suffix == ".ckpt":
+        torch.save({"state_dict": {"state_dict": tensors} if "nested" in kind else tensors, "global_step": 7}, path)
+    else:
+        save_file(tensors, path)
+    loaded = load_small(path, model[1])
+    for mine, theirs in zip(loaded[1:4], model[1][1:4], strict=True):
+        assert same(mine.state_dict(), theirs.state_dict())
+    assert loaded.size == 512 and len(loaded.tokenizer) == 49408
+
+
+def test_single_file_is_strict(tmp_path, model, single):
+    path = tmp_path / "sd.safetensors"
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    wrong = {
+        "lacks the tensor " + name: {k: v for k, v in single.items() if k != name},
+        r"\(32, 9, 3, 3\).*\(32, 4, 3, 3\)": single | {name: torch.zeros(32, 9, 3, 3)},
+        "model.diffusion_model.more.weight": single | {"model.diffusion_model.more.weight": torch.zeros(1)},
+        "no part takes, surprise": single | {"surprise": torch.zeros(1)},
+        "int64": single | {name: torch.zeros(32, 4, 3, 3, dtype=torch.int64)},
+    }
+    for sentence, tensors in wrong.items():
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match=sentence):
+            load_small(path, model[1])
+
+
+def test_sizes_default_to_sd_1_5(tmp_path, single):
+    save_file(single, tmp_path / "sd.safetensors")
+    with pytest.raises(ValueError, match="lacks the tensor"):
+        weights.load(tmp_path / "sd.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("cond_stage_model.transformer.text_model.final_layer_norm.bias", "SD 1"),
+        ("cond_stage_model.model.ln_final.bias", "SD 2"),
+        ("conditioner.embedders.1.model.ln_final.bias", "SDXL"),
+        ("lora_unet_down_blocks_0_attentions_0_proj_in.alpha", "LoRA"),
+        ("unet.up_blocks.0.attentions.0.proj_in.lora_A.weight", "LoRA"),
+        ("control_model.input_hint_block.0.bias", "ControlNet"),
+        ("controlnet_down_blocks.0.bias", "ControlNet"),
+        ("encoder.mid.attn_1.k.bias", "VAE"),
+        ("down_blocks.0.resnets.0.conv1.bias", "one part"),
+        ("something.else", "unknown"),
+    ],
+)
+def test_recognise_and_refuse(tmp_path, name, kind):
+    assert kind in recognise([name, "model.diffusion_model.x"] if "stage" in name else [name])
+    save_file({name: torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.safetensors (is|lacks)"):
+        weights.load(tmp_path / "x.safetensors")
+
+
+def test_old_names_are_read(tmp_path, model):
+    """VAEs from before 2023 say query, key, value; transformers 5 saves no text_model prefix."""
+    parts = save_random_model(tmp_path)
+    path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(path)
+    for new, name in old.items():
+        tensors = {k.replace(f"attentions.0.{new}.", f"attentions.0.{name}."): v for k, v in tensors.items()}
+    assert any(".query." in k for k in tensors)
+    save_file(tensors, path)
+    assert same(weights.load_vae(tmp_path).state_dict(), parts.vae.state_dict())
+    path = tmp_path / "text_encoder" / "model.safetensors"
+    tensors = {k.removeprefix("text_model."): v for k, v in load_file(path).items()}
+    save_file(tensors | {"embeddings.position_ids": torch.arange(77)}, path)
+    assert same(weights.load_text_encoder(tmp_path).state_dict(), parts.text_encoder.state_dict())
+    path.rename(path.with_name("model.fp16.safetensors"))
+    assert same(weights.load_text_encoder(tmp_path).state_dict(), parts.text_encoder.state_dict())
+
+
+@pytest.mark.parametrize("part, name", [("unet", "conv_in.weight"), ("vae", "quant_conv.bias"),
+                                        ("text_encoder", "text_model.final_layer_norm.bias")])  # fmt: skip
+def test_missing_extra_and_misshapen_tensors_are_named(tmp_path, part, name):
+    save_random_model(tmp_path)
+    path = next((tmp_path / part).glob("*.safetensors"))
+    load = getattr(weights, f"load_{part}")
+    good = load_file(path)
+    name_read = name.removeprefix("text_model.")
+    save_file({k: v for k, v in good.items() if k != name}, path)
+    with pytest.raises(ValueError, match=f"lacks the tensor {name_read}"):
+        load(tmp_path)
+    save_file(good | {"more.weight": torch.zeros(2), "most.weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="no part of the model takes, more.weight and 1 more"):
+        load(tmp_path)
+    save_file(good | {name: torch.zeros(7, 5)}, path)
+    with pytest.raises(ValueError) as error:
+        load(tmp_path)
+    assert name_read in str(error.value) and "(7, 5)" in str(error.value)
+    assert str(tuple(good[name].shape)) in str(error.value)
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"\x80\x02", pickle.dumps(Bomb()), b"\x00" * 4096])
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_damaged_and_dangerous_files_are_one_sentence(tmp_path, content, suffix):
+    path = tmp_path / f"model.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=path.name):
+        weights.load(path)
+
+
+def test_a_pickle_that_acts_is_not_obeyed(tmp_path):
+    torch.save({"state_dict": {"x": Bomb()}}, tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match="take the .safetensors file instead"):
+        weights.load(tmp_path / "model.ckpt")
+
+
+def test_truncated_file(tmp_path, single):
+    path = tmp_path / "model.safetensors"
+    save_file(single, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        weights.load(path)
+
+
+def test_folder_of_another_kind(tmp_path):
+    with pytest.raises(ValueError, match="there is no model at"):
+        weights.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"model_index\.json is missing"):
+        weights.load(tmp_path)
+    for kind in ("StableDiffusionXLPipeline", "FluxPipeline", "StableDiffusion3Pipeline", 7):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+        with pytest.raises(ValueError, match=str(kind)):
+            weights.load(tmp_path)
+    save_random_model(tmp_path)
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no weights"):
+        weights.load(tmp_path)
+
+
+def test_files_appear_all_or_none(tmp_path):
+    old = tmp_path / "a.txt"
+    old.write_text("old")
+
+    def fail(path):
+        path.write_text("half")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError):
+        weights.write_files({old: lambda path: path.write_text("new"), tmp_path / "b.txt": fail})
+    assert old.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    weights.write_files({old: lambda path: path.write_text("new")})
+    assert old.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]

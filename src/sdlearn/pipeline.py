@@ -103,7 +103,6 @@ class Networks:
         self.vae = vae.to(home, self.dtype, memory_format=torch.channels_last).eval()
         self.unet = unet.to(home, self.dtype, memory_format=torch.channels_last).eval()
         self.factor = 2 ** (len(vae.config.channels) - 1)  # pixels a latent
-        self.multiple = self.factor * 2 ** (len(unet.config.channels) - 1)  # a side must be a multiple of it
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = torch.float16) -> None:
         """Write everything in diffusers' folder layout."""
@@ -201,9 +200,9 @@ def latent_shape(
         height, width = (side * sd.factor for side in given[2:])
     for name, side in (("height", height), ("width", width)):
         side = sd.size if side is None else side
-        if type(side) is not int or side % sd.multiple or not 0 < side <= LARGEST:
+        if type(side) is not int or side % sd.factor or not 0 < side <= LARGEST:
             raise ValueError(
-                f"{name} is {side!r}; give a multiple of {sd.multiple}, from {sd.multiple} to {LARGEST} pixels"
+                f"{name} is {side!r}; give a multiple of {sd.factor}, from {sd.factor} to {LARGEST} pixels"
             )
         wanted.append(side // sd.factor)
     return tuple(wanted)

@@ -1,4 +1,6 @@
-"""scenes -> losses: what VAE, CLIP and U-Net learn from. Chapter 09, book/09_training.ipynb."""
+"""scenes -> losses: what VAE, CLIP and U-Net learn from. Chapter 09, book/09_training.ipynb.
+Exported from book/09_training.ipynb by `make export`; edit it there.
+"""
 
 import random
 from collections.abc import Sequence
@@ -19,6 +21,21 @@ from sdlearn.training import Task, save_atomically
 from sdlearn.unet import UNet
 from sdlearn.vae import VAE
 
+__all__ = [
+    "to_tensor",
+    "normal",
+    "loss_weights",
+    "VAETask",
+    "scene_tokenizer",
+    "family",
+    "CLIPTask",
+    "numbered_scene",
+    "encode_scenes",
+    "latent_bank",
+    "PREVIEW",
+    "DenoiseTask",
+]
+
 
 def to_tensor(picture: np.ndarray) -> Tensor:
     """(H, W, 3) uint8 -> (3, H, W) in [-1, 1]."""
@@ -28,6 +45,18 @@ def to_tensor(picture: np.ndarray) -> Tensor:
 def normal(rngs: Sequence[random.Random], *shape: int) -> Tensor:
     """Standard normal noise, one sample for each generator: (B, *shape)."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(r.getrandbits(63))) for r in rngs])
+
+
+def loss_weights(schedule: Schedule, most: float = 10.0, floor: float = 0.05) -> Tensor:
+    """How much the squared error of eps counts at each t: (steps,), mean 1.
+
+    Plain eps-loss hardly counts a wrong x0 where noise is strong, and that is where the words decide what goes where.
+    The weight (min(snr, most) + 1) / (snr + floor) follows Hang et al. 2023 (section 3.4) at low noise, and
+    v-prediction at high noise.
+    """
+    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
+    weights = (snr.clamp(max=most) + 1) / (snr + floor)
+    return weights / weights.mean()
 
 
 class VAETask(Task):
@@ -149,18 +178,6 @@ def latent_bank(vae: VAE, count: int, path: Path, chunk: int = 2048) -> Tensor:
         bank = torch.cat([bank.half(), more]) if len(bank) else more
         save_atomically(lambda part, bank=bank: torch.save(bank, part), path)
     return bank[:count]
-
-
-def loss_weights(schedule: Schedule, most: float = 10.0, floor: float = 0.05) -> Tensor:
-    """How much the squared error of eps counts at each t: (steps,), mean 1.
-
-    Plain eps-loss hardly counts a wrong x0 where noise is strong, and that is where the words decide what goes where.
-    The weight (min(snr, most) + 1) / (snr + floor) follows Hang et al. 2023 (section 3.4) at low noise, and
-    v-prediction at high noise.
-    """
-    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
-    weights = (snr.clamp(max=most) + 1) / (snr + floor)
-    return weights / weights.mean()
 
 
 PREVIEW = (

@@ -1,4 +1,6 @@
-"""examples -> weights: one loop that teaches all three networks. Chapter 09, book/09_training.ipynb."""
+"""examples -> weights: one loop that teaches all three networks. Chapter 09, book/09_training.ipynb.
+Exported from book/09_training.ipynb by `make export`; edit it there.
+"""
 
 import os
 import random
@@ -10,21 +12,44 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+__all__ = [
+    "Average",
+    "Recipe",
+    "save_atomically",
+    "generators",
+    "Task",
+    "train",
+    "read_state",
+    "resume",
+    "averaged_weights",
+    "saved_recipe",
+    "fastest_precision",
+]
 
-class Task(nn.Module):
-    """What one network learns: weights, examples, loss. Everything random comes from the generators of the examples."""
 
-    def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
-        """A batch of fresh examples, each drawn with a generator of its own."""
-        raise NotImplementedError
+class Average:
+    """An exponential moving average of the trained weights; Song & Ermon 2020 (arXiv:2006.09011), section 5."""
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The losses of a batch, named; the one called "loss" is minimised."""
-        raise NotImplementedError
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
-    def preview(self) -> Tensor:
-        """A few pictures (B, 3, H, W) in [-1, 1] that show how far the training is."""
-        raise NotImplementedError
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))  # early on, forget the random start quickly
+        mine, new = zip(
+            *((self.weights[n], p.detach()) for n, p in model.named_parameters() if p.requires_grad), strict=True
+        )
+        torch._foreach_lerp_(list(mine), list(new), 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the model's weights with the averages; call it again to change back."""
+        for name, parameter in model.named_parameters():
+            if name in self.weights:
+                kept = parameter.detach().clone()
+                parameter.copy_(self.weights[name])
+                self.weights[name].copy_(kept)
 
 
 @dataclass(frozen=True)
@@ -58,31 +83,6 @@ class Recipe:
         return self.lr * up * down
 
 
-class Average:
-    """An exponential moving average of the trained weights; Song & Ermon 2020 (arXiv:2006.09011), section 5."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))  # early on, forget the random start quickly
-        mine, new = zip(
-            *((self.weights[n], p.detach()) for n, p in model.named_parameters() if p.requires_grad), strict=True
-        )
-        torch._foreach_lerp_(list(mine), list(new), 1 - decay)
-
-    @torch.no_grad()
-    def swap(self, model: nn.Module) -> None:
-        """Exchange the model's weights with the averages; call it again to change back."""
-        for name, parameter in model.named_parameters():
-            if name in self.weights:
-                kept = parameter.detach().clone()
-                parameter.copy_(self.weights[name])
-                self.weights[name].copy_(kept)
-
-
 def save_atomically(write: Callable[[Path], None], path: Path) -> None:
     """Write beside the target, flush, rename: at every moment the old file or the new one is there, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +99,22 @@ def save_atomically(write: Callable[[Path], None], path: Path) -> None:
 def generators(recipe: Recipe, step: int) -> list[random.Random]:
     """One random generator for each example of a step: what a step sees follows from its number, and nothing else."""
     return [random.Random(f"{recipe.seed} {step} {i}") for i in range(recipe.batch)]
+
+
+class Task(nn.Module):
+    """What one network learns: weights, examples, loss. Everything random comes from the generators of the examples."""
+
+    def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
+        """A batch of fresh examples, each drawn with a generator of its own."""
+        raise NotImplementedError
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses of a batch, named; the one called "loss" is minimised."""
+        raise NotImplementedError
+
+    def preview(self) -> Tensor:
+        """A few pictures (B, 3, H, W) in [-1, 1] that show how far the training is."""
+        raise NotImplementedError
 
 
 def train(

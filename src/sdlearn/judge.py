@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from sdlearn.blocks import ResBlock
 from sdlearn.scenes import BACKGROUNDS, COLOURS, OBJECTS, SIZE, Scene, paste, random_scene, random_thing, sprite
 from sdlearn.tasks import to_tensor
 from sdlearn.training import Task
+from sdlearn.weights import read_tensors
 
 CELL = 8
 EMPTY, UNKNOWN = "empty", "unknown"
@@ -44,6 +46,13 @@ class Judge(nn.Module):
         x = F.silu(self.blocks(self.stem(image)))
         objects, colours = self.cells(x).split([len(OBJECT_LABELS), len(COLOUR_LABELS)], dim=1)
         return objects, colours, self.background(x.mean(dim=(2, 3)))
+
+
+def load_judge(folder: Path) -> Judge:
+    """The judge of a checkpoint."""
+    judge = Judge()
+    judge.load_state_dict({name: x.float() for name, x in read_tensors(folder / "judge" / "model.safetensors").items()})
+    return judge.eval()
 
 
 @dataclass(frozen=True)

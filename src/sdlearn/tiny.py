@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig
-from sdlearn.judge import Judge, JudgeTask
+from sdlearn.judge import Judge, JudgeTask, load_judge
 from sdlearn.pictures import to_image
 from sdlearn.scenes import SIZE
 from sdlearn.schedule import Schedule
@@ -23,7 +23,7 @@ from sdlearn.tokenizer import Tokenizer
 from sdlearn.training import Recipe, Task, averaged_weights, fastest_precision, save_atomically, saved_recipe, train
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
-from sdlearn.weights import save_clip, save_pipeline
+from sdlearn.weights import load_clip, load_text_encoder, load_unet, load_vae, save_clip, save_pipeline
 
 SCHEDULE = Schedule()
 VAE_SIZES = VAEConfig(
@@ -132,19 +132,44 @@ def export(runs: Path, folder: Path) -> None:
             preview.save(folder / "history" / f"{previews[place].stem}.jpg", quality=90)
 
 
+def begin(runs: Path, folder: Path) -> None:
+    """The other way: put a checkpoint's weights into `runs` for training to go on from them; optimizers start anew."""
+    parts = {
+        "clip": {"clip": load_clip(folder)[1]},
+        "vae": {"vae": load_vae(folder)},
+        "judge": {"judge": load_judge(folder)},
+    }
+    parts["unet"] = {"unet": load_unet(folder), "text_encoder": load_text_encoder(folder)}
+    for stage, networks in parts.items():
+        path = runs / stage / "state.pt"
+        if path.exists():
+            raise ValueError(f"{path} is there already: remove it, or give another folder with --runs")
+        weights = {
+            f"{name}.{n}": p.detach() for name, network in networks.items() for n, p in network.named_parameters()
+        }
+        history = (folder / "history" / f"{stage}.jsonl").read_text("utf-8")
+        step = json.loads(history.splitlines()[-1])["step"]
+        recipe = asdict(STAGES[stage]) | {"precision": ""}  # measured anew
+        state = {"step": step, "recipe": recipe, "average": weights, "weights": weights, "optimizer": {}}
+        save_atomically(lambda part, state=state: torch.save(state, part), path)
+        (runs / stage / "log.jsonl").write_text(history, "utf-8")
+
+
 def thinned(lines: list[str], most: int = 200) -> str:
-    """At most about `most` of the lines, evenly spaced."""
-    return "\n".join(lines[:: -(-len(lines) // most)]) + "\n"
+    """At most about `most` of the lines, evenly spaced, the last one among them."""
+    return "\n".join(lines[::-1][:: -(-len(lines) // most)][::-1]) + "\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "stage", choices=[*STAGES, "export", "all"], help="what to train; all: every stage, then export"
+        "stage",
+        choices=[*STAGES, "all", "export", "begin"],
+        help="what to train; all: every stage, then export; export: runs -> checkpoint; begin: checkpoint -> runs",
     )
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), help="where training keeps its state (default: runs)"
     )
-    parser.add_argument("--to", type=Path, default=Path("checkpoints/tiny"), help="where export writes the checkpoint")
+    parser.add_argument("--to", type=Path, default=Path("checkpoints/tiny"), help="the checkpoint of export and begin")
     parser.add_argument("--steps", type=int, help="train up to this step instead of the recipe's")
     parser.add_argument(
         "--precision", choices=["auto", "no", "bf16", "fp16"], default="auto", help="auto: measured here"
@@ -156,8 +181,10 @@ def main(args: argparse.Namespace) -> None:
     """`sdlearn train STAGE`: train, or go on with, one stage or all of them."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.stage == "begin":
+        begin(args.runs, args.to)
     for stage in STAGES if args.stage == "all" else [args.stage]:
-        if stage != "export":
+        if stage in STAGES:
             train_stage(stage, args.runs, args.steps, args.precision)
     if args.stage in ("all", "export"):
         export(args.runs, args.to)

@@ -18,6 +18,8 @@ __all__ = [
     "save_atomically",
     "generators",
     "Task",
+    "attention_kernels",
+    "save_state",
     "train",
     "read_state",
     "resume",
@@ -117,6 +119,29 @@ class Task(nn.Module):
         raise NotImplementedError
 
 
+def attention_kernels(device: torch.device) -> list:
+    """Which forms of attention to train with: on a CPU the plain one has the faster backward pass."""
+    from torch.nn.attention import SDPBackend
+
+    if device.type == "cpu":
+        return [SDPBackend.MATH]
+    return [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def save_state(
+    path: Path, done: int, recipe: Recipe, task: Task, optimizer: torch.optim.Optimizer, average: Average
+) -> None:
+    """All that a run needs to go on: weights, AdamW's memories, averages, and the number of steps done."""
+    state = {
+        "step": done,
+        "recipe": asdict(recipe),
+        "average": average.weights,
+        "optimizer": optimizer.state_dict(),
+        "weights": {n: p.detach() for n, p in task.named_parameters() if p.requires_grad},
+    }
+    save_atomically(lambda part: torch.save(state, part), path)
+
+
 def train(
     task: Task,
     recipe: Recipe,
@@ -130,20 +155,16 @@ def train(
 ) -> None:
     """Teach a task until recipe.steps; an interrupted run goes on from `folder`/state.pt to the same weights.
 
-    Several processes (`accelerate launch`) share the batch, and learn what one process would. At the end the task holds
-    the averaged weights.
+    Several processes share the batch, and learn what one would. At the end the task holds the averaged weights.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    import accelerate
+    from torch.nn.attention import sdpa_kernel
 
-    AcceleratorState._reset_state()  # or the first run of a Python process would fix the precision of all later ones
-    accelerator = Accelerator(mixed_precision=recipe.precision, log_with="tensorboard", project_dir=folder)
+    accelerate.state.AcceleratorState._reset_state()  # else the first run here would fix the precision of all later ones
+    accelerator = accelerate.Accelerator(mixed_precision=recipe.precision, log_with="tensorboard", project_dir=folder)
     rank, world = accelerator.process_index, accelerator.num_processes
     if recipe.batch % world:
-        raise ValueError(
-            f"a batch of {recipe.batch} does not divide among {world} processes: choose a multiple of {world}"
-        )
+        raise ValueError(f"a batch of {recipe.batch} does not divide among {world} processes: choose a multiple")
     share = recipe.batch // world
     learned = [p for p in task.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.decay, fused=True)
@@ -151,10 +172,7 @@ def train(
     first = resume(folder / "state.pt", task, optimizer, average, recipe)
     model, optimizer = accelerator.prepare(task, optimizer)
     accelerator.init_trackers("tensorboard")
-    on_cpu = accelerator.device.type == "cpu"  # where attention's plain form has the faster backward pass
-    kernels = (
-        [SDPBackend.MATH] if on_cpu else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    )
+    kernels = attention_kernels(accelerator.device)
     started = time.perf_counter()
     for step in range(first, recipe.steps):
         batch = task.examples(generators(recipe, step)[rank * share : (rank + 1) * share])
@@ -175,14 +193,7 @@ def train(
             accelerator.log(scalars, step=done)
             report(done, scalars)
         if accelerator.is_main_process and (done % save_every == 0 or done == recipe.steps):
-            state = {
-                "step": done,
-                "recipe": asdict(recipe),
-                "average": average.weights,
-                "optimizer": optimizer.state_dict(),
-                "weights": {n: p.detach() for n, p in task.named_parameters() if p.requires_grad},
-            }
-            save_atomically(lambda path, state=state: torch.save(state, path), folder / "state.pt")
+            save_state(folder / "state.pt", done, recipe, task, optimizer, average)
         if accelerator.is_main_process and preview_every and done % preview_every == 0:
             average.swap(task)
             pictures = task.preview().clamp(-1, 1)

@@ -127,7 +127,8 @@ def export(runs: Path, folder: Path) -> None:
     previews = sorted((runs / "unet").glob("preview-*.png"))
     for old in (folder / "history").glob("preview-*"):
         old.unlink()
-    for place in torch.logspace(0, 1, 8).sub(1).div(9).mul(len(previews) - 1).round().int().unique().tolist():
+    places = torch.logspace(0, 1, 8).sub(1).div(9).mul(len(previews) - 1).round().int().unique().tolist()
+    for place in places if len(previews) > 8 else range(len(previews)):
         with Image.open(previews[place]) as preview:
             preview.save(folder / "history" / f"{previews[place].stem}.jpg", quality=90)
 

@@ -30,7 +30,7 @@ __all__ = [
 
 
 class Average:
-    """An exponential moving average of the trained weights; Song & Ermon 2020 (arXiv:2006.09011), section 5."""
+    """An exponential moving average of the trained weights; Song & Ermon 2020 (arXiv:2006.09011), technique 5."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
@@ -160,7 +160,7 @@ def train(
     import accelerate
     from torch.nn.attention import sdpa_kernel
 
-    accelerate.state.AcceleratorState._reset_state()  # else the first run here would fix the precision of all later ones
+    accelerate.state.AcceleratorState._reset_state()  # else the first run would fix the precision of all later ones
     accelerator = accelerate.Accelerator(mixed_precision=recipe.precision, log_with="tensorboard", project_dir=folder)
     rank, world = accelerator.process_index, accelerator.num_processes
     if recipe.batch % world:
@@ -221,6 +221,8 @@ def resume(path: Path, task: Task, optimizer: torch.optim.Optimizer, average: Av
         return 0
     state = read_state(path)
     free = {"steps", "cooldown"}  # a run may be made longer, and end gently
+    if not state["optimizer"]:  # weights of a checkpoint, with which a new run begins: any precision will do
+        free.add("precision")
     changed = {name for name, value in asdict(recipe).items() if value != state["recipe"].get(name)} - free
     if changed:
         raise ValueError(
@@ -229,7 +231,8 @@ def resume(path: Path, task: Task, optimizer: torch.optim.Optimizer, average: Av
     if {n: x.shape for n, x in state["average"].items()} != {n: x.shape for n, x in average.weights.items()}:
         raise ValueError(f"{path} was made by another network: use the same sizes or another folder")
     task.load_state_dict(state["weights"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
+    if state["optimizer"]:
+        optimizer.load_state_dict(state["optimizer"])
     for name, value in state["average"].items():
         average.weights[name].copy_(value)
     return state["step"]

@@ -1,0 +1,197 @@
+"""checkpoint -> figures: how good the tiny Stable Diffusion is, measured. Chapter 09 explains it."""
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from sdlearn.judge import Judge, load_judge, look, verdict
+from sdlearn.pipeline import StableDiffusion
+from sdlearn.scenes import Scene, random_scene
+from sdlearn.schedule import add_noise
+from sdlearn.tasks import to_tensor
+from sdlearn.unet import attention_maps, record_attention
+from sdlearn.weights import load_clip
+
+ROWS = {  # name of a row: the split of its scenes, and how many things they have
+    "seen, one thing": ("train", 1), "seen, two things": ("train", 2),
+    "held-out colour, one thing": ("colour", 1), "held-out colour, two things": ("colour", 2),
+    "held-out pair": ("pair", 2),
+}  # fmt: skip
+PARTS = ("objects", "colours", "background", "relation", "all")
+
+
+def fresh_scenes(count: int, seed: int, split: str = "train", things: int | None = None) -> list[Scene]:
+    """Scenes drawn with a seed that training never uses."""
+    rng = random.Random(f"evaluate {seed} {split} {things}")
+    return [random_scene(rng, split, things) for _ in range(count)]
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of pictures (B, 3, H, W) in [-1, 1]: (B,)."""
+    return 10 * (4 / (a - b).square().mean(dim=(1, 2, 3))).log10()
+
+
+@torch.inference_mode()
+def vae_psnr(model: StableDiffusion, count: int = 200, seed: int = 0) -> float:
+    """Mean PSNR in dB of fresh scenes after encoding and decoding, rounded to 8 bits as they would be saved."""
+    values = []
+    for start in range(0, count, 20):
+        images = torch.stack([to_tensor(s.render()) for s in fresh_scenes(count, seed)[start : start + 20]])
+        latents = model.vae.config.scale * model.vae.encode(images.to(model.device)).mean
+        back = model.vae.decode(latents).clamp(-1, 1).cpu()
+        values.append(psnr((back * 127.5).round() / 127.5, images))
+    return torch.cat(values).mean().item()
+
+
+@torch.inference_mode()
+def clip_retrieval(folder: Path, count: int = 200, seed: int = 0) -> dict[str, float]:
+    """Among `count` fresh scenes: how often the right sentence, and the right picture, comes first."""
+    tokenizer, clip = load_clip(folder)
+    scenes = fresh_scenes(count, seed)
+    images = clip.embed_image(torch.stack([to_tensor(scene.render()) for scene in scenes]))
+    texts = clip.embed_text(tokenizer([scene.sentence() for scene in scenes]))
+    found = torch.arange(count)
+    pairs = [i for i, scene in enumerate(scenes) if len(scene.things) == 2]
+    swapped = clip.embed_text(tokenizer([scenes[i].mirrored().sentence() for i in pairs]))
+    right = (images[pairs] * texts[pairs]).sum(1) > (images[pairs] * swapped).sum(1)
+    scores = images @ texts.T
+    return {
+        "picture finds sentence": (scores.argmax(1) == found).float().mean().item(),
+        "sentence finds picture": (scores.argmax(0) == found).float().mean().item(),
+        "tells sides apart": right.float().mean().item(),
+    }
+
+
+def draw(
+    model: StableDiffusion,
+    scenes: Sequence[Scene],
+    steps: int,
+    sampler: str,
+    cfg_scale: float,
+    seed: int,
+    batch: int = 20,
+    advance: Callable[[int], object] = lambda count: None,
+) -> list[Image.Image]:
+    """One picture for the full caption of each scene."""
+    pictures = []
+    for start in range(0, len(scenes), batch):
+        prompts = [scene.sentence() for scene in scenes[start : start + batch]]
+        pictures += model.txt2img(prompts, steps=steps, sampler=sampler, cfg_scale=cfg_scale, seed=seed + start)
+        advance(len(prompts))
+    return pictures
+
+
+def share(verdicts: Sequence[dict[str, bool]], part: str, given: str | None = None) -> float:
+    """How often a part is right, among the pictures in which `given` is."""
+    chosen = [v[part] for v in verdicts if given is None or v[given]]
+    return float(np.mean(chosen)) if chosen else float("nan")
+
+
+def prompt_following(
+    model: StableDiffusion,
+    judge: Judge,
+    count: int = 400,
+    steps: int = 50,
+    sampler: str = "ddim",
+    cfg_scale: float = 7.5,
+    seed: int = 1,
+) -> dict[str, dict[str, float]]:
+    """Draw `count` fresh prompts, a fifth for each row, and let the judge say what came of them: {row: {part: share}}.
+
+    "relation" counts only pictures of two things whose objects are right; "judge on real scenes" is how often the judge
+    calls the true picture of the same prompts all right: nothing drawn can score higher, except by luck.
+    """
+    table = {}
+    with tqdm(total=count, desc="drawing", unit="picture", dynamic_ncols=True, leave=False) as bar:
+        for row, (split, things) in ROWS.items():
+            scenes = fresh_scenes(count // len(ROWS), seed, split, things)
+            drawn = draw(model, scenes, steps, sampler, cfg_scale, seed, advance=bar.update)
+            verdicts = judged(judge, scenes, [np.array(picture) for picture in drawn])
+            table[row] = {part: share(verdicts, part, "objects" if part == "relation" else None) for part in PARTS}
+            if things == 1:
+                table[row]["relation"] = float("nan")
+            real = judged(judge, scenes, [scene.render() for scene in scenes])
+            table[row]["judge on real scenes"] = share(real, "all")
+    return table
+
+
+def judged(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[np.ndarray]) -> list[dict[str, bool]]:
+    findings = look(judge, torch.stack([to_tensor(picture) for picture in pictures]))
+    return [verdict(finding, scene) for finding, scene in zip(findings, scenes, strict=True)]
+
+
+@torch.inference_mode()
+def attention_overlap(model: StableDiffusion, count: int = 60, t: int = 500, seed: int = 0) -> dict[str, float]:
+    """Where the U-Net looks for each object word, on noisy latents of real scenes, whose boxes we know.
+
+    "inside": the share of a word's attention that falls into its object's box; "area": the box's share of the
+    picture, which blind attention would reach; "points": how often the strongest position lies in the box.
+    Tang et al. 2022 (DAAM).
+    """
+    inside, area, points = [], [], []
+    generator = torch.Generator().manual_seed(seed)
+    for scene in fresh_scenes(count, seed):
+        x0 = model.vae.config.scale * model.vae.encode(to_tensor(scene.render())[None].to(model.device)).mean
+        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        words = model.tokenizer.split(scene.sentence())
+        context = model.text_encoder(model.tokenizer(scene.sentence()).to(model.device))
+        with record_attention(model.unet) as record:
+            model.unet(add_noise(model.schedule, x0, noise, t), torch.tensor([t], device=x0.device), context)
+        maps = attention_maps(record, tuple(x0.shape[-2:]))[0].float().cpu()  # (S, h, w)
+        for thing in scene.things:
+            place = words.index(thing.name + "</w>") + 1  # after the start token
+            left, top, right, bottom = (round(edge / 8) for edge in thing.box)
+            mask = torch.zeros_like(maps[place])
+            mask[max(top, 0) : bottom, max(left, 0) : right] = 1
+            inside.append((maps[place] * mask).sum() / maps[place].sum())
+            area.append(mask.mean())
+            points.append(mask.flatten()[maps[place].argmax()])
+    return {name: torch.stack(x).mean().item() for name, x in (("inside", inside), ("area", area), ("points", points))}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, default=Path("checkpoints/tiny"), help="a checkpoint folder with a judge")
+    parser.add_argument("--prompts", type=int, default=400, help="how many pictures to draw and judge")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--sampler", default="ddim")
+    parser.add_argument("--cfg-scale", type=float, default=7.5)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+
+
+def main(args: argparse.Namespace) -> None:
+    """`sdlearn evaluate`: every figure, printed as tables."""
+    if args.prompts < len(ROWS):
+        raise ValueError(f"--prompts {args.prompts} is too few: give at least {len(ROWS)}, one for each kind of scene")
+    model, judge = StableDiffusion.load(args.model), load_judge(args.model)
+    following = prompt_following(model, judge, args.prompts, args.steps, args.sampler, args.cfg_scale, args.seed)
+    figures = {
+        "VAE PSNR, dB": vae_psnr(model),
+        "CLIP retrieval": clip_retrieval(args.model),
+        "attention overlap": attention_overlap(model),
+        "prompt following": following,
+    }
+    print(table_of(figures))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+
+
+def table_of(figures: dict) -> str:
+    """The figures as text."""
+    lines = [f"VAE PSNR on fresh scenes: {figures['VAE PSNR, dB']:.1f} dB"]
+    for name in ("CLIP retrieval", "attention overlap"):
+        lines.append(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in figures[name].items()))
+    columns = [*PARTS, "judge on real scenes"]
+    lines.append(f"{'prompt following':28}" + "".join(f"{column:>11}" for column in columns[:-1]) + f"  {columns[-1]}")
+    for row, values in figures["prompt following"].items():
+        cells = ("-" if np.isnan(values[c]) else f"{values[c]:.2f}" for c in columns)
+        lines.append(f"{row:28}" + "".join(f"{cell:>11}" for cell in cells))
+    return "\n".join(lines)

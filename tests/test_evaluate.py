@@ -1,0 +1,218 @@
+"""The figures of `sdlearn evaluate`, on models whose figures are known beforehand."""
+
+import argparse
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_judge import Perfect
+
+from sdlearn import evaluate
+from sdlearn.evaluate import (
+    PARTS,
+    ROWS,
+    draw,
+    fresh_scenes,
+    judged,
+    load_judge,
+    prompt_following,
+    psnr,
+    share,
+    table_of,
+    vae_psnr,
+)
+from sdlearn.judge import Judge
+from sdlearn.scenes import parse, split_of
+
+
+class Painter:
+    """A "model" that renders its prompts, and can be told to paint something else instead."""
+
+    def __init__(self, change=lambda scene: scene):
+        self.change, self.calls = change, []
+
+    def txt2img(self, prompts, **settings):
+        self.calls.append((prompts, settings))
+        return [self.change(parse(prompt)).image() for prompt in prompts]
+
+
+def test_psnr():
+    a = torch.zeros(2, 3, 4, 4)
+    b = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 0.02)])
+    assert psnr(a, b).tolist() == pytest.approx([20.0, 40.0], abs=1e-4)
+
+
+def test_share():
+    verdicts = [{"objects": True, "relation": True}, {"objects": True, "relation": False},
+                {"objects": False, "relation": False}]  # fmt: skip
+    assert share(verdicts, "objects") == pytest.approx(2 / 3)
+    assert share(verdicts, "relation", "objects") == 0.5
+    assert math.isnan(share(verdicts[2:], "relation", "objects"))
+
+
+def test_fresh_scenes_are_of_their_split_and_repeat():
+    for split, things in ROWS.values():
+        scenes = fresh_scenes(20, 1, split, things)
+        assert scenes == fresh_scenes(20, 1, split, things) != fresh_scenes(20, 2, split, things)
+        assert all(split_of(scene) == split and len(scene.things) == things for scene in scenes)
+
+
+def test_draw_asks_for_every_sentence_once_with_its_own_seed():
+    scenes, painter, counts = fresh_scenes(7, 0), Painter(), []
+    pictures = draw(painter, scenes, 12, "ddim", 3.0, seed=100, batch=3, advance=counts.append)
+    assert [prompt for prompts, _ in painter.calls for prompt in prompts] == [s.sentence() for s in scenes]
+    assert [settings["seed"] for _, settings in painter.calls] == [100, 103, 106] and counts == [3, 3, 1]
+    assert painter.calls[0][1] == {"steps": 12, "sampler": "ddim", "cfg_scale": 3.0, "seed": 100}
+    assert len(pictures) == 7
+
+
+def told(scenes):
+    """A stand-in for `look`: the perfect judge of these scenes."""
+    return lambda judge, images: LOOK(Perfect(*scenes), images)
+
+
+LOOK = evaluate.look
+
+
+def test_judged_pairs_every_picture_with_its_scene(monkeypatch):
+    scenes = fresh_scenes(4, 0, things=2)
+    monkeypatch.setattr(evaluate, "look", told(scenes))
+    pictures = [scene.render() for scene in scenes]
+    assert all(verdict["all"] for verdict in judged(None, scenes, pictures))
+    mirrored = [scene.mirrored() for scene in scenes]
+    assert not any(verdict["relation"] for verdict in judged(None, mirrored, pictures))
+    assert all(verdict["objects"] for verdict in judged(None, mirrored, pictures))
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_prompt_following_of_a_painter(monkeypatch, mirror):
+    """Who paints what is asked is all right; who swaps the places errs in the relation, and only there."""
+    painted = []
+
+    class Recorder(Painter):
+        def txt2img(self, prompts, **settings):
+            shown = [parse(prompt) for prompt in prompts]
+            shown = [scene.mirrored() if mirror and len(scene.things) == 2 else scene for scene in shown]
+            painted.append(shown)
+            return [scene.image() for scene in shown]
+
+    def look(judge, images):  # first the drawn pictures, then the real ones
+        scenes = painted.pop() if painted else look.real
+        return LOOK(Perfect(*scenes), images)
+
+    original = fresh_scenes
+
+    def remember(*words):
+        look.real = original(*words)
+        return look.real
+
+    monkeypatch.setattr(evaluate, "fresh_scenes", remember)
+    monkeypatch.setattr(evaluate, "look", look)
+    table = prompt_following(Recorder(), None, count=10)
+    assert list(table) == list(ROWS)
+    for row, values in table.items():
+        pair = ROWS[row][1] == 2
+        assert values["objects"] == values["colours"] == values["background"] == values["judge on real scenes"] == 1
+        assert values["relation"] == (float(not mirror)) if pair else math.isnan(values["relation"])
+        assert values["all"] == float(not (mirror and pair))
+
+
+def test_vae_psnr_of_a_vae_that_loses_nothing_but_a_little():
+    def model(error):
+        vae = SimpleNamespace(config=SimpleNamespace(scale=2.0), encode=lambda x: SimpleNamespace(mean=x / 2),
+                              decode=lambda latents: latents.mul(1 - error))  # fmt: skip
+        return SimpleNamespace(vae=vae, device=torch.device("cpu"))
+
+    assert 20 < vae_psnr(model(0.1), count=20) < 35 < vae_psnr(model(0.01), count=20)
+
+
+def test_table():
+    values = dict.fromkeys(PARTS, 0.5) | {"judge on real scenes": 1.0, "relation": math.nan}
+    text = table_of({"VAE PSNR, dB": 28.04, "CLIP retrieval": {"a": 0.5}, "attention overlap": {"inside": 0.25},
+                     "prompt following": {"seen, one thing": values}})  # fmt: skip
+    lines = text.splitlines()
+    assert lines[0] == "VAE PSNR on fresh scenes: 28.0 dB"
+    assert lines[1:3] == ["CLIP retrieval: a 0.50", "attention overlap: inside 0.25"]
+    assert lines[3].split() == ["prompt", "following", *PARTS, "judge", "on", "real", "scenes"]
+    assert lines[4].split()[3:] == ["0.50", "0.50", "0.50", "-", "0.50", "1.00"]
+
+
+def test_a_judge_is_saved_and_loaded(tmp_path):
+    judge = Judge()
+    (tmp_path / "judge").mkdir()
+    save_file({name: x.half().contiguous() for name, x in judge.state_dict().items()},
+              tmp_path / "judge" / "model.safetensors")  # fmt: skip
+    loaded = load_judge(tmp_path)
+    assert not loaded.training and all(p.dtype == torch.float32 for p in loaded.parameters())
+    x = torch.rand(1, 3, 128, 128)
+    torch.testing.assert_close(loaded(x)[0], judge(x)[0], atol=2e-2, rtol=2e-2)
+
+
+def test_a_missing_judge_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="judge") as caught:
+        load_judge(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_retrieval_of_a_clip_that_knows_nothing_is_chance(tmp_path):
+    random_clip = save_random_clip(tmp_path)
+    found = evaluate.clip_retrieval(random_clip, count=20)
+    assert set(found) == {"picture finds sentence", "sentence finds picture", "tells sides apart"}
+    assert 0 <= found["picture finds sentence"] <= 0.3 and 0 <= found["sentence finds picture"] <= 0.3
+
+
+def save_random_clip(folder):
+    from sdlearn.tiny import make_clip
+    from sdlearn.weights import save_clip
+
+    task = make_clip()
+    task.tokenizer.save(folder / "tokenizer")
+    save_clip(folder, task.clip)
+    return folder
+
+
+def test_too_few_prompts_are_refused():
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    with pytest.raises(ValueError, match="--prompts 4 is too few: give at least 5"):
+        evaluate.main(parser.parse_args(["--prompts", "4"]))
+
+
+def test_attention_overlap_of_a_random_model_is_that_of_the_area(monkeypatch):
+    from sdlearn.pipeline import StableDiffusion
+    from sdlearn.schedule import Schedule
+    from sdlearn.tiny import SCHEDULE, UNET_SIZES, VAE_SIZES, make_clip
+    from sdlearn.unet import UNet
+    from sdlearn.vae import VAE
+
+    assert isinstance(SCHEDULE, Schedule)
+    clip = make_clip()
+    model = StableDiffusion(clip.tokenizer, clip.clip.text_encoder, VAE(VAE_SIZES), UNet(UNET_SIZES), SCHEDULE, 128,
+                            device="cpu")  # fmt: skip
+    found = evaluate.attention_overlap(model, count=2)
+    assert found["inside"] == pytest.approx(found["area"], rel=0.35) and 0 <= found["points"] <= 1
+
+
+def test_main_prints_and_writes_every_figure(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(evaluate.StableDiffusion, "load", lambda path: None)
+    monkeypatch.setattr(evaluate, "load_judge", lambda path: None)
+    row = dict.fromkeys([*PARTS, "judge on real scenes"], 1.0)
+    monkeypatch.setattr(evaluate, "prompt_following", lambda *words: {"seen, one thing": row})
+    monkeypatch.setattr(evaluate, "vae_psnr", lambda model: 30.0)
+    monkeypatch.setattr(evaluate, "clip_retrieval", lambda folder: {"picture finds sentence": 0.5})
+    monkeypatch.setattr(evaluate, "attention_overlap", lambda model: {"inside": 0.5})
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    evaluate.main(parser.parse_args(["--json", str(tmp_path / "figures.json")]))
+    assert "30.0 dB" in capsys.readouterr().out
+    assert json.loads((tmp_path / "figures.json").read_text())["VAE PSNR, dB"] == 30.0
+
+
+def test_evaluation_scenes_are_not_the_first_training_scenes():
+    from sdlearn.tasks import numbered_scene
+
+    seen = {numbered_scene(i) for i in range(2000)}
+    assert not seen & set(fresh_scenes(200, 1))

@@ -1,0 +1,208 @@
+"""What the networks learn from: examples that follow from their generators, and losses as the chapters say."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sdlearn import tasks
+from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig
+from sdlearn.scenes import parse, split_of
+from sdlearn.schedule import Schedule
+from sdlearn.tasks import (
+    PREVIEW,
+    CLIPTask,
+    DenoiseTask,
+    VAETask,
+    encode_scenes,
+    family,
+    latent_bank,
+    loss_weights,
+    normal,
+    numbered_scene,
+    scene_tokenizer,
+    to_tensor,
+)
+from sdlearn.unet import UNet, UNetConfig
+from sdlearn.vae import VAE, VAEConfig
+
+SMALL_VAE = VAEConfig((8, 8, 16, 16), blocks=1, groups=4, scale=0.5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return scene_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return VAE(SMALL_VAE).eval()
+
+
+@pytest.fixture(scope="module")
+def denoise(tokenizer, vae):
+    torch.manual_seed(0)
+    clip = make_clip(tokenizer)
+    unet = UNet(UNetConfig((16, 32), (True, False), heads=(2, 4), blocks=1, context_width=16, groups=8))
+    latents = torch.randn(50, 4, 16, 16).half()
+    return DenoiseTask(unet, clip.text_encoder, tokenizer, latents, Schedule(), vae=vae)
+
+
+def make_clip(tokenizer):
+    text = CLIPTextConfig(vocab=len(tokenizer), width=16, layers=1, heads=2)
+    return CLIP(text, CLIPImageConfig(size=128, patch=32, width=16, layers=1, heads=2), projection=8)
+
+
+def rngs(count, seed=0):
+    return [random.Random(f"{seed} {i}") for i in range(count)]
+
+
+def check_examples(task, count, shapes):
+    batch, again, other = (task.examples(rngs(count, seed)) for seed in (0, 0, 1))
+    assert {name: tuple(x.shape) for name, x in batch.items()} == shapes
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert not all(torch.equal(batch[name], other[name]) for name in batch)
+    losses = task(batch)
+    assert all(loss.ndim == 0 and loss.isfinite() for loss in losses.values())
+    assert losses["loss"].requires_grad
+    return batch, losses
+
+
+def test_pictures_become_tensors():
+    x = to_tensor(np.array([[[0, 127, 255]]], np.uint8))
+    assert x.shape == (3, 1, 1) and x.flatten().tolist() == pytest.approx([-1, -1 / 255, 1])
+
+
+def test_noise_is_normal_and_belongs_to_its_example():
+    noise = normal(rngs(4), 3, 50, 50)
+    assert noise.shape == (4, 3, 50, 50)
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    assert torch.equal(normal(rngs(4)[2:], 3, 50, 50), noise[2:])  # whatever its neighbours are
+
+
+@pytest.mark.parametrize(("crop", "size"), [(None, 128), (64, 64)])
+def test_vae_task(vae, crop, size):
+    shapes = {"image": (3, 3, size, size), "noise": (3, 4, size // 8, size // 8)}
+    batch, losses = check_examples(VAETask(vae, crop), 3, shapes)
+    assert batch["image"].min() >= -1 and batch["image"].max() <= 1
+    assert losses["psnr"].item() == pytest.approx(10 * np.log10(4 / 10 ** (-losses["psnr"].item() / 10) / 4))
+
+
+def test_vae_loss_of_a_perfect_decoder_is_its_kl(vae):
+    task = VAETask(vae)
+    batch = task.examples(rngs(1))
+    task.vae = nn.Module()
+    task.vae.encode, task.vae.config = vae.encode, vae.config
+    task.vae.decode = lambda latents: batch["image"]
+    losses = task(batch)
+    assert losses["absolute"] == 0 and losses["loss"].item() == pytest.approx(task.kl * losses["kl"].item())
+
+
+def test_every_word_of_the_world_is_one_token(tokenizer):
+    for sentence in PREVIEW:
+        assert len(tokenizer.split(sentence)) == len(sentence.split())
+    assert len(tokenizer) < 2000
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(0, 2**32))
+def test_a_family_differs_in_one_thing(seed):
+    scene, *others = family(random.Random(seed))
+    assert len(others) == 3 and all(split_of(x) == "train" for x in (scene, *others))
+
+    def attributes(x):
+        return [(t.name, t.colour) for t in x.things], [(t.x, t.y) for t in x.things], x.background
+
+    for other in others:
+        changed = [a != b for a, b in zip(attributes(scene), attributes(other), strict=True)]
+        assert sum(changed) <= 1
+        if changed[0]:
+            assert sum(a != b for a, b in zip(attributes(scene)[0], attributes(other)[0], strict=True)) == 1
+
+
+def test_most_members_of_a_family_are_different():
+    """A change may draw what was there before; that is rare."""
+    families = [family(random.Random(i)) for i in range(200)]
+    assert np.mean([len({x.sentence() for x in members}) == 4 for members in families]) > 0.9
+
+
+def test_clip_task(tokenizer):
+    task = CLIPTask(make_clip(tokenizer), tokenizer)
+    batch = task.examples(rngs(8))
+    longest = batch["tokens"].shape[1]
+    check_examples(task, 8, {"tokens": (8, longest), "image": (8, 3, 128, 128)})
+    assert longest < 77 and bool((batch["tokens"] == tokenizer.eos).any(dim=1).all())  # shorter, but whole
+
+
+def test_numbered_scenes_and_their_latents(vae):
+    assert numbered_scene(3) == numbered_scene(3) != numbered_scene(4)
+    latents = encode_scenes(vae, range(3, 6), batch=2)
+    assert latents.shape == (3, 4, 16, 16) and latents.dtype == torch.float16
+    one = vae.encode(to_tensor(numbered_scene(4).render())[None]).mean
+    torch.testing.assert_close(latents[1:2].float(), one.detach(), atol=2e-3, rtol=2e-3)
+
+
+def test_a_latent_bank_goes_on_where_it_stopped(vae, tmp_path, monkeypatch):
+    unbroken = latent_bank(vae, 8, tmp_path / "a.pt", chunk=2)
+    encoded = []
+    original = encode_scenes
+    monkeypatch.setattr(tasks, "encode_scenes", lambda vae, numbers: encoded.append(numbers) or original(vae, numbers))
+    first = latent_bank(vae, 4, tmp_path / "b.pt", chunk=2)
+    resumed = latent_bank(vae, 8, tmp_path / "b.pt", chunk=2)
+    assert torch.equal(resumed, unbroken) and torch.equal(first, unbroken[:4])
+    assert encoded == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]  # nothing twice
+    assert torch.equal(latent_bank(vae, 3, tmp_path / "b.pt"), unbroken[:3]) and len(encoded) == 4
+
+
+def test_loss_weights():
+    weights = loss_weights(Schedule())
+    assert weights.shape == (1000,) and weights.mean().item() == pytest.approx(1, abs=1e-5)
+    assert (weights > 0).all() and weights[-1] > 10 * weights[0]  # strong noise counts more
+    assert (weights.diff() >= -1e-6).all()
+
+
+def test_denoise_task(denoise):
+    shapes = {"latents": (3, 4, 16, 16), "tokens": (3, 77), "t": (3,), "noise": (3, 4, 16, 16)}
+    batch, _ = check_examples(denoise, 3, shapes)
+    assert batch["latents"].dtype == torch.float32
+    denoise(batch)["loss"].backward()
+    assert all(p.grad is None for p in denoise.text_encoder.parameters())  # frozen
+    denoise.zero_grad(set_to_none=True)
+
+
+def test_denoise_loss_is_the_weighted_error_of_eps(denoise):
+    batch = denoise.examples(rngs(4))
+    zero = DenoiseTask(nn.Module(), denoise.text_encoder, denoise.tokenizer, denoise.latents, denoise.schedule)
+    zero.unet.forward = lambda xt, t, context: torch.zeros_like(xt)
+    losses, error = zero(batch), batch["noise"].square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(losses["plain"], error.mean())
+    torch.testing.assert_close(losses["loss"], (loss_weights(Schedule())[batch["t"]] * error).mean())
+
+
+def test_one_caption_in_ten_is_empty_and_the_others_are_true(denoise, tokenizer):
+    tokens = torch.cat([denoise.examples(rngs(100, seed))["tokens"] for seed in range(10)])
+    empty = (tokens == tokenizer([""])).all(dim=1)
+    assert 0.07 < empty.float().mean() < 0.13
+    decoded = [tokenizer.decode(row) for row in tokens[~empty][:50]]
+    assert all(parse(caption) for caption in decoded)
+
+
+def test_t_is_uniform(denoise):
+    t = torch.cat([denoise.examples(rngs(100, seed))["t"] for seed in range(10)])
+    assert t.min() >= 0 and t.max() <= 999 and abs(t.float().mean() - 499.5) < 40
+
+
+def test_joint_training_teaches_the_text_encoder_too(tokenizer):
+    task = DenoiseTask(nn.Linear(1, 1), make_clip(tokenizer).text_encoder, tokenizer, torch.zeros(1), Schedule(),
+                       joint=True)  # fmt: skip
+    assert all(p.requires_grad for p in task.text_encoder.parameters())
+
+
+def test_preview_draws_the_same_pictures_every_time(denoise):
+    pictures = denoise.preview(PREVIEW[:2], steps=2)
+    assert pictures.shape == (2, 3, 128, 128) and torch.equal(pictures, denoise.preview(PREVIEW[:2], steps=2))

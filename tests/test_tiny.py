@@ -1,0 +1,162 @@
+"""The stages of the tiny model: they build, fit together, and what they leave behind is a checkpoint that loads."""
+
+import argparse
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from sdlearn import tiny
+from sdlearn.judge import look
+from sdlearn.pipeline import StableDiffusion
+from sdlearn.tiny import (
+    BANK,
+    MAKE,
+    STAGES,
+    UNET_SIZES,
+    VAE_SIZES,
+    make_clip,
+    make_decoder,
+    make_judge,
+    make_unet,
+    make_vae,
+)
+from sdlearn.training import Average, averaged_weights, resume
+from sdlearn.unet import UNet
+from sdlearn.vae import VAE
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Saved states of all stages, as training leaves them, with untrained weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(0)
+    unet, clip = UNet(UNET_SIZES), make_clip()
+    parts = {
+        "clip": clip,
+        "vae": make_vae(),
+        "judge": make_judge(),
+        "unet": torch.nn.ModuleDict({"unet": unet, "text_encoder": clip.clip.text_encoder}),
+    }
+    for stage, part in parts.items():
+        (folder / stage).mkdir()
+        average = {name: p.detach() for name, p in part.named_parameters()}
+        state = {"step": 1, "recipe": {"precision": "bf16"}, "average": average, "weights": average, "optimizer": {}}
+        torch.save(state, folder / stage / "state.pt")
+    torch.save(torch.randn(2048, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half(), folder / "latents.pt")
+    for stage in parts:
+        (folder / stage / "log.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in range(1, 1001)))
+    for step in range(500, 10_001, 500):
+        Image.new("RGB", (512, 128)).save(folder / "unet" / f"preview-{step:06d}.png")
+    return folder
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_sizes():
+    """Weights in fp16 have to stay below 60 MB in all."""
+    clip = make_clip()
+    parts = {"unet": count(UNet(UNET_SIZES)), "vae": count(VAE(VAE_SIZES)), "clip": count(clip.clip),
+             "text": count(clip.clip.text_encoder), "judge": count(make_judge())}  # fmt: skip
+    assert 2 * sum(parts.values()) < 60e6
+    assert 15e6 < parts["unet"] < 20e6 and 5e6 < parts["vae"] < 7e6 and parts["judge"] < 1.2e6
+    assert UNET_SIZES.context_width == clip.clip.text_encoder.config.width
+    assert UNET_SIZES.in_channels == VAE_SIZES.latent_channels == 4 and len(VAE_SIZES.channels) == 4
+
+
+def test_every_stage_has_a_recipe_and_a_maker():
+    assert list(STAGES) == list(MAKE) and list(STAGES)[-1] == "unet" and BANK >= 2048
+    assert all(recipe.cooldown < recipe.steps for recipe in STAGES.values())
+    assert STAGES["clip"].batch % 4 == 0  # whole families
+
+
+def test_the_decoder_stage_leaves_the_encoder_alone(runs):
+    task = make_decoder(runs)
+    learned = {name.split(".")[1] for name, p in task.named_parameters() if p.requires_grad}
+    assert learned == {"decoder", "post_quant_conv"}
+    assert task.crop is None
+
+
+def test_a_stage_that_needs_another_says_which(tmp_path):
+    with pytest.raises(ValueError, match="train that stage first .sdlearn train vae."):
+        make_decoder(tmp_path)
+
+
+def test_the_unet_task_stands_on_the_others(runs):
+    task = make_unet(runs, bank=2048)
+    assert task.latents.shape == (2048, 4, 16, 16)
+    assert task.latents.float().std().item() == pytest.approx(1, abs=1e-3)  # the scale was measured: 1 / std
+    learned = {name.split(".")[0] for name, p in task.named_parameters() if p.requires_grad}
+    assert learned == {"unet", "text_encoder"}
+    losses = task(task.examples([random.Random(i) for i in range(2)]))
+    assert losses["loss"].isfinite()
+
+
+def test_export_writes_a_checkpoint_that_the_pipeline_loads(runs, tmp_path):
+    from sdlearn.evaluate import load_judge
+
+    folder = tmp_path / "tiny"
+    tiny.export(runs, folder)
+    model = StableDiffusion.load(folder, device="cpu")
+    assert model.size == 128 and model.vae.config.scale == make_unet(runs, bank=2048).vae.config.scale
+    saved = torch.load(runs / "unet" / "state.pt", weights_only=True)["average"]
+    for name, value in model.unet.state_dict().items():
+        torch.testing.assert_close(value, saved[f"unet.{name}"], atol=1e-3, rtol=1e-3)
+    (picture,) = model.txt2img("a red apple on a blue background", steps=1, sampler="ddim", cfg_scale=1.0, seed=0)
+    assert picture.size == (128, 128)
+    assert len(look(load_judge(folder), torch.zeros(1, 3, 128, 128))) == 1
+    history = [json.loads(line) for line in (folder / "history" / "unet.jsonl").read_text().splitlines()]
+    assert 100 <= len(history) <= 200 and history[-1]["step"] == 1000
+    previews = sorted(path.name for path in (folder / "history").glob("preview-*"))
+    assert len(previews) == 8 and previews[0] == "preview-000500.jpg" and previews[-1] == "preview-010000.jpg"
+
+
+def test_a_checkpoint_is_a_place_to_begin_from(runs, tmp_path):
+    tiny.export(runs, tmp_path / "tiny")
+    tiny.begin(tmp_path / "runs", tmp_path / "tiny")
+    for stage, make in {"judge": make_judge, "vae": make_vae, "clip": make_clip}.items():
+        task, recipe = make(), replace(STAGES[stage], precision="bf16")
+        average, optimizer = Average(task, recipe.ema), torch.optim.AdamW(task.parameters())
+        assert resume(tmp_path / "runs" / stage / "state.pt", task, optimizer, average, recipe) == 1000
+        before = averaged_weights(runs / stage / "state.pt")
+        for name, value in average.weights.items():
+            torch.testing.assert_close(value, before[name], atol=2e-3, rtol=2e-3)
+    with pytest.raises(ValueError, match="is there already"):
+        tiny.begin(tmp_path / "runs", tmp_path / "tiny")
+
+
+def test_train_stage_reports_logs_and_goes_on(tmp_path, monkeypatch):
+    from toy_task import Toy
+
+    from sdlearn.training import Recipe
+
+    monkeypatch.setitem(tiny.MAKE, "vae", lambda runs: Toy())
+    monkeypatch.setitem(tiny.STAGES, "vae", Recipe(steps=200, batch=2))
+    tiny.train_stage("vae", tmp_path, 50, "no")
+    tiny.train_stage("vae", tmp_path, 100, "auto")  # auto: the precision that the run began with
+    lines = [json.loads(line) for line in (tmp_path / "vae" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [50, 100] and {"loss", "lr", "norm"} <= set(lines[0])
+    state = torch.load(tmp_path / "vae" / "state.pt", weights_only=True)
+    assert state["step"] == 100 and state["recipe"]["precision"] == "no"
+
+
+def test_the_command_line_knows_the_stages(capsys):
+    parser = argparse.ArgumentParser()
+    tiny.add_arguments(parser)
+    assert parser.parse_args(["vae"]).stage == "vae"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["everything"])
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_thinned_keeps_order_and_ends_with_a_line_break():
+    lines = [str(i) for i in range(1001)]
+    text = tiny.thinned(lines, most=100)
+    kept = text.splitlines()
+    assert text.endswith("\n") and kept[-1] == "1000" and len(kept) <= 101 and kept == sorted(kept, key=int)
+    assert tiny.thinned(["a", "b"]) == "a\nb\n"

@@ -280,6 +280,8 @@ def random_scene(rng: random.Random, split: str = "train", things: int | None = 
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}")
+    if split == "pair" and things == 1:
+        raise ValueError("a scene of the split 'pair' holds two things: give things=2, or another split")
     while True:
         count = things or (1 if rng.random() < 0.4 and split != "pair" else 2)
         chosen = [random_thing(rng) for _ in range(count)]

@@ -195,7 +195,7 @@ def train_stage(stage: str, runs: Path, steps: int | None, precision: str) -> No
     recipe = STAGES[stage]
     torch.manual_seed(recipe.seed)
     task = MAKE[stage](runs)
-    steps = steps or recipe.steps
+    steps = recipe.steps if steps is None else steps
     if precision == "auto":  # an interrupted run goes on in its own precision
         precision = saved_recipe(runs / stage / "state.pt").get("precision") or fastest_precision(task)
     recipe = replace(recipe, steps=steps, precision=precision)

@@ -1,6 +1,8 @@
 """Every test runs offline, on one thread, from the same seed."""
 
 import os
+import signal
+import threading
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
@@ -19,3 +21,7 @@ def seeded():
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+if threading.current_thread() is threading.main_thread():
+    # Jobs that a shell puts into the background ignore Ctrl-C, and so would the processes that the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,6 +15,7 @@ run: .venv/.ready ## draw pictures from text, and from a picture and text, with 
 test: .venv/.ready ## check everything: exports, notebooks, style, then every notebook and every test
 	@$(PY) tools/export.py --check
 	@$(PY) tools/check_notebooks.py
+	@$(PY) tools/journey.py --check
 	@$(PY) -m ruff check --quiet .
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q --nbval --nbval-current-env -n $(JOBS) --dist loadfile
 

@@ -23,7 +23,7 @@ STAGES = [  # chapters, words, x, y, width
     (("11",), "Weights", 446, 226, 72),
 ]
 THINGS = [
-    ("“a red apple”", 48, 108),
+    ("“a red apple”", 43, 108),
     ("tokens", 233, 98),
     ("context", 410, 98),
     ("latents", 676, 98),
@@ -62,10 +62,10 @@ def journey(chapter: str) -> str:
     dashed = line.replace("fill", 'stroke-dasharray="4 4" fill')
     parts += [
         f'<path d="M546 170 L482 170 L482 126" {line}/>',  # the loop
-        '<rect x="432" y="8" width="214" height="192" rx="12" fill="none" stroke="#9fb0bc" stroke-dasharray="5 4"/>',
+        '<rect x="432" y="8" width="214" height="200" rx="12" fill="none" stroke="#9fb0bc" stroke-dasharray="5 4"/>',
         '<text x="640" y="26" text-anchor="end" fill="#5d6b75">50 times</text>',
-        '<text x="514" y="188" text-anchor="middle" font-style="italic">noise, less each time</text>',
-        f'<path d="M482 224 L482 204" {dashed}/>',
+        '<text x="442" y="203" font-style="italic">noise, less each time</text>',
+        f'<path d="M482 224 L482 211" {dashed}/>',
         f'<path d="M464 224 L464 214 L318 214 L318 128" {dashed}/>',
         f'<path d="M500 224 L500 214 L766 214 L766 128" {dashed}/>',
         '<circle cx="872" cy="80" r="13" fill="#ea5a47" stroke="#222" stroke-width="2"/>'

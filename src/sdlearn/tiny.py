@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -199,9 +200,13 @@ def train_stage(stage: str, runs: Path, steps: int | None, precision: str) -> No
     if precision == "auto":  # an interrupted run goes on in its own precision
         precision = saved_recipe(runs / stage / "state.pt").get("precision") or fastest_precision(task)
     recipe = replace(recipe, steps=steps, precision=precision)
-    with tqdm(total=steps, desc=stage, unit="step", dynamic_ncols=True) as bar, log_file(runs / stage) as log:
+    silent = os.environ.get("RANK", "0") != "0"  # of several processes, the first one reports
+    bar = tqdm(total=steps, desc=stage, unit="step", dynamic_ncols=True, disable=silent)
+    with bar, log_file(runs / stage) as log:
 
         def report(step: int, scalars: dict[str, float]) -> None:
+            if silent:
+                return
             bar.update(step - bar.n)
             bar.set_postfix({name: f"{scalars[name]:.3g}" for name in scalars if name not in ("lr", "norm")})
             log.write(json.dumps({"step": step} | {name: round(x, 6) for name, x in scalars.items()}) + "\n")

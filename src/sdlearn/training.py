@@ -172,14 +172,13 @@ def train(
     first = resume(folder / "state.pt", task, optimizer, average, recipe)
     model, optimizer = accelerator.prepare(task, optimizer)
     accelerator.init_trackers("tensorboard")
-    kernels = attention_kernels(accelerator.device)
     started = time.perf_counter()
     for step in range(first, recipe.steps):
         batch = task.examples(generators(recipe, step)[rank * share : (rank + 1) * share])
         batch = {name: x.to(accelerator.device) for name, x in batch.items()}
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        with sdpa_kernel(kernels), accelerator.autocast():
+        with sdpa_kernel(attention_kernels(accelerator.device)), accelerator.autocast():
             losses = model(batch)
         accelerator.backward(losses["loss"])
         norm = accelerator.clip_grad_norm_(learned, recipe.clip)

@@ -126,8 +126,22 @@ def test_a_checkpoint_is_a_place_to_begin_from(runs, tmp_path):
         before = averaged_weights(runs / stage / "state.pt")
         for name, value in average.weights.items():
             torch.testing.assert_close(value, before[name], atol=2e-3, rtol=2e-3)
+    kept = [{p.name for p in d.glob("preview-*")} for d in (tmp_path / "tiny/history", tmp_path / "runs/unet")]
+    assert kept[0] == kept[1]
     with pytest.raises(ValueError, match="is there already"):
         tiny.begin(tmp_path / "runs", tmp_path / "tiny")
+
+
+def test_previews_survive_a_new_beginning(runs, tmp_path):
+    tiny.keep_previews(runs / "unet", tmp_path / "first")
+    for old in (tmp_path / "first").iterdir():  # what `begin` copies; then training goes on and saves another one
+        (tmp_path / old.name).write_bytes(old.read_bytes())
+    Image.new("RGB", (512, 128)).save(tmp_path / "preview-010500.png")
+    tiny.keep_previews(tmp_path, tmp_path / "second")
+    names = sorted(path.name for path in (tmp_path / "second").iterdir())
+    assert len(names) == 8 and names[0] == "preview-000500.jpg" and names[-1] == "preview-010500.jpg"
+    for name in names[:-1]:  # not compressed a second time
+        assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
 
 
 def test_train_stage_reports_logs_and_goes_on(tmp_path, monkeypatch):

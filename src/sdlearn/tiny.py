@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -125,13 +126,23 @@ def export(runs: Path, folder: Path) -> None:
             save_atomically(
                 lambda part, text=history: part.write_text(text, "utf-8"), folder / "history" / f"{stage}.jsonl"
             )
-    previews = sorted((runs / "unet").glob("preview-*.png"))
-    for old in (folder / "history").glob("preview-*"):
+    keep_previews(runs / "unet", folder / "history")
+
+
+def keep_previews(source: Path, target: Path, most: int = 8) -> None:
+    """The U-Net's previews, as JPEG; of many, `most`: early ones close together, the first and the last among them."""
+    target.mkdir(parents=True, exist_ok=True)
+    previews = sorted(source.glob("preview-*.*"))
+    for old in target.glob("preview-*"):
         old.unlink()
-    places = torch.logspace(0, 1, 8).sub(1).div(9).mul(len(previews) - 1).round().int().unique().tolist()
-    for place in places if len(previews) > 8 else range(len(previews)):
-        with Image.open(previews[place]) as preview:
-            preview.save(folder / "history" / f"{previews[place].stem}.jpg", quality=90)
+    last = len(previews) - 1
+    places = [max(round((10 ** (i / (most - 1)) - 1) / 9 * last), i) for i in range(most)]
+    for place in places if last >= most else range(last + 1):
+        if previews[place].suffix == ".jpg":  # kept before: not compressed twice
+            shutil.copyfile(previews[place], target / previews[place].name)
+        else:
+            with Image.open(previews[place]) as preview:
+                preview.save(target / f"{previews[place].stem}.jpg", quality=90)
 
 
 def begin(runs: Path, folder: Path) -> None:
@@ -155,6 +166,8 @@ def begin(runs: Path, folder: Path) -> None:
         state = {"step": step, "recipe": recipe, "average": weights, "weights": weights, "optimizer": {}}
         save_atomically(lambda part, state=state: torch.save(state, part), path)
         (runs / stage / "log.jsonl").write_text(history, "utf-8")
+    for preview in (folder / "history").glob("preview-*.jpg"):
+        shutil.copyfile(preview, runs / "unet" / preview.name)
 
 
 def thinned(lines: list[str], most: int = 200) -> str:

@@ -14,11 +14,12 @@ JOURNEY = """
     tokenizer scenes attention blocks timestep schedule
     clip vae unet
     ddpm samplers guidance
-    training tasks names config weights
+    training tasks headers names config weights
     pictures pipeline
     inpaint lora controlnet sdxl lcm speed
     judge tiny evaluate
-    show
+    show moving
+    inspection hub
     cli
 """
 ORDER = JOURNEY.split()
@@ -53,8 +54,9 @@ def test_imports_run_one_way(name):
     assert not wrong, f"{name}.py imports {', '.join(sorted(wrong))}, which comes later in the journey"
 
 
-def test_show_imports_no_model():
-    assert imported(ast.parse((PACKAGE / "show.py").read_text(encoding="utf-8"))) <= {"scenes", "tokenizer"}
+@pytest.mark.parametrize("name", ["show", "moving"])
+def test_plotting_imports_no_model(name):
+    assert imported(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))) <= {"scenes", "tokenizer", "show"}
 
 
 def loaded_by(code: str) -> set[str]:
@@ -70,6 +72,6 @@ def test_importing_the_package_is_light():
 
 
 def test_no_module_needs_the_references_or_the_plotting():
-    names = [name for name in MODULES if name != "show"]
+    names = [name for name in MODULES if name not in ("show", "moving")]
     code = "\n".join(f"import sdlearn.{name}" for name in names)
     assert not loaded_by(code) & {"diffusers", "transformers", "matplotlib", "jupyter", "IPython"}

@@ -21,7 +21,7 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-HAND_WRITTEN = {"__init__", "__main__", "cli", "show"}
+HAND_WRITTEN = {"__init__", "__main__", "cli", "headers", "hub", "inspection", "moving", "show"}
 MARK = "by `make export`; edit it there."
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 

@@ -1,4 +1,6 @@
-"""The command `sdlearn`: draw pictures, train the networks, measure them. It only uses what the chapters built.
+"""The command `sdlearn`: draw pictures, train and measure networks, look into files, download.
+
+It only uses what the chapters built.
 
 Exit codes: 0 done, 2 wrong input (one sentence on stderr says what), 130 interrupted with Ctrl-C.
 """
@@ -27,7 +29,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: `sdlearn --help` should not 
 ELSEWHERE = {"train": "sdlearn.tiny", "evaluate": "sdlearn.evaluate"}  # modules with add_arguments() and main()
 DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "fp32": "float32", "fp16": "float16",
           "bf16": "bfloat16"}  # fmt: skip
-MODEL, OUTPUT = "checkpoints/tiny", "outputs"
+MODEL, OUTPUT, DOWNLOADS = "checkpoints/tiny", "outputs", "checkpoints"
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,6 +82,14 @@ def make_parser(command: str | None) -> Parser:
 
     demo = commands.add_parser("demo", help="a few pictures, of both kinds, with times")
     add_model_arguments(demo)
+
+    inspect = commands.add_parser("inspect", help="what a checkpoint file or folder is; reads no weights, runs nothing")
+    inspect.add_argument("path", metavar="FILE_OR_FOLDER", help=".safetensors, .ckpt, or a folder in diffusers' layout")
+    inspect.add_argument("--json", action="store_true", help="for programs")
+
+    download = commands.add_parser("download", help="a model from the Hugging Face hub -> checkpoints/")
+    download.add_argument("model", metavar="MODEL", help="sd15, OWNER/NAME, OWNER/NAME/FILE or a hub address")
+    download.add_argument("-o", "--output", default=DOWNLOADS, metavar="FOLDER", help=f"({DOWNLOADS}/)")
     for name, what in {"train": "teach the tiny model", "evaluate": "measure a model"}.items():
         other = commands.add_parser(name, help=what)
         if command == name:
@@ -223,6 +233,28 @@ def run_demo(args: argparse.Namespace) -> None:
     print("written:", *written, sep="\n  ")
 
 
+def run_inspect(args: argparse.Namespace) -> None:
+    """`sdlearn inspect`: without torch, so that the answer comes at once."""
+    from sdlearn.inspection import inspect, to_json, to_text
+
+    if not args.path:
+        raise ValueError("the path is empty: give a .safetensors or .ckpt file, or a diffusers folder")
+    print((to_json if args.json else to_text)(inspect(find_model(args.path))))
+
+
+def run_download(args: argparse.Namespace) -> None:
+    """`sdlearn download`."""
+    from sdlearn.hub import download
+
+    path = download(args.model, find_model(args.output or "."))
+    print(path)
+    print(f"next: sdlearn inspect {path}", file=sys.stderr)
+
+
+RUN = {"txt2img": run_drawing, "img2img": run_drawing, "demo": run_demo, "inspect": run_inspect,
+       "download": run_download}  # fmt: skip
+
+
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
     """Warnings of ours as one line on stderr; those of libraries stay silent."""
@@ -242,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             importlib.import_module(ELSEWHERE[args.command]).main(args)
         else:
             with plain_warnings():
-                (run_demo if args.command == "demo" else run_drawing)(args)
+                RUN[args.command](args)
     except KeyboardInterrupt:
         print("\nsdlearn: interrupted", file=sys.stderr)
         return 130

@@ -47,7 +47,7 @@ STAGES = {  # in the order of training, as for Stable Diffusion itself
     "unet": Recipe(steps=20_000, batch=32, lr=8e-4, ema=0.999, cooldown=2_000),
 }
 PREVIEW_EVERY = 500  # steps of the U-Net
-BANK = 49_152  # training scenes whose latents are computed once
+BANK = 24_576  # training scenes whose latents are computed once
 
 
 def channels_last(model: nn.Module) -> nn.Module:

@@ -1,0 +1,307 @@
+"""Every wrong checkpoint: one clear sentence that says what was given, what is wanted and what to do; exit code 2.
+
+The same files are also given to the loader, which must refuse them as well, in a sentence that names the file.
+"""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import header
+from PIL import Image
+from random_model import save_random_model
+
+from sdlearn import cli, weights
+from sdlearn.pipeline import StableDiffusion
+
+SMALL = {"lora_unet_x.lora_down.weight": (4, 3), "lora_unet_x.lora_up.weight": (3, 4)}
+Maker = Callable[[Path], object]
+
+
+def safe(change: Callable[[dict], object] = lambda content: None, size: int = 96, text: bytes | None = None) -> Maker:
+    """A .safetensors file whose header was changed, as a table or as text, with `size` bytes of numbers behind it."""
+
+    def make(path: Path) -> None:
+        content = json.loads(header(SMALL)[8:])
+        change(content)
+        raw = json.dumps(content).encode() if text is None else text
+        path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(size))
+
+    return make
+
+
+def entry(**values: object) -> Callable[[dict], object]:
+    return lambda content: content["lora_unet_x.lora_up.weight"].update(values)
+
+
+def write(content: bytes) -> Maker:
+    return lambda path: path.write_bytes(content)
+
+
+def saved(content: object, **options: object) -> Maker:
+    return lambda path: torch.save(content, path, **options)
+
+
+def cut(make: Maker, keep: float) -> Maker:
+    def make_cut(path: Path) -> None:
+        make(path)
+        content = path.read_bytes()
+        path.write_bytes(content[: int(len(content) * keep)])
+
+    return make_cut
+
+
+def flip(make: Maker, place: int) -> Maker:
+    def make_flipped(path: Path) -> None:
+        make(path)
+        content = bytearray(path.read_bytes())
+        content[place] ^= 4
+        path.write_bytes(bytes(content))
+
+    return make_flipped
+
+
+def zipped(**members: bytes) -> Maker:
+    def make(path: Path) -> None:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in members.items():
+                archive.writestr(f"x/{name.replace('__', '/').replace('_', '.')}", content)
+
+    return make
+
+
+def tar(path: Path) -> None:
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("model.ckpt"), io.BytesIO())
+
+
+def repacked(drop: str) -> Maker:
+    """A checkpoint of torch whose storages are missing."""
+
+    def make(path: Path) -> None:
+        buffer = io.BytesIO()
+        torch.save({"w": torch.ones(100)}, buffer)
+        with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, "w") as new:
+            for name in old.namelist():
+                if drop not in name:
+                    new.writestr(name, old.read(name))
+
+    return make
+
+
+@cache
+def bomb_bytes() -> bytes:
+    """72 MB of zeros in 72 kB, all else as torch writes it."""
+    buffer, packed = io.BytesIO(), io.BytesIO()
+    torch.save({"w": torch.zeros(18_000_000)}, buffer)
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return packed.getvalue()
+
+
+class Acts:
+    def __reduce__(self):
+        return os.system, ("touch trace",)
+
+
+GOOD = saved({"state_dict": {"lora_unet_x.lora_down.weight": torch.ones(4, 3)}})
+OLD = saved({"a": torch.ones(99)}, _use_new_zipfile_serialization=False)
+DUPLICATE = header(SMALL)[8:].replace(b"lora_up", b"lora_down")
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4265146304\n"
+HUGE = (2**62).to_bytes(8, "little") + b'{"a": 1}'
+PAGE = b"\n<!DOCTYPE html>\n<html><head><title>Not found</title></head><body>404</body></html>"
+DEEP = b"[" * 50_000 + b"]" * 50_000
+FAULTS: dict[str, tuple[str, Maker, str]] = {  # what is wrong -> the file's name, how it is made, what is said
+    "empty": ("x.safetensors", write(b""), "is empty"),
+    "empty pickle": ("x.ckpt", write(b""), "is empty"),
+    "one byte": ("x.safetensors", write(b"\x07"), "is damaged, its header has 7 bytes, but the file ends after 1"),
+    "only a length": ("x.safetensors", write(bytes([9]) + bytes(7)), "header has 9 bytes, but the file ends after 8"),
+    "truncated header": ("x.safetensors", cut(safe(), 0.4), "bytes, but the file ends after"),
+    "truncated numbers": ("x.safetensors", safe(size=90), "is damaged, it has"),
+    "surplus bytes": ("x.safetensors", safe(size=97), "but its header speaks of"),
+    "absurd length": ("x.safetensors", write(HUGE), "its header claims to have 4,611,686,018,427,387,904 bytes"),
+    "bit-flipped length": ("x.safetensors", flip(safe(), 3), "is damaged, its header has 67,1"),
+    "bit-flipped bracket": ("x.safetensors", flip(safe(), 8), "is damaged, its header is no JSON"),
+    "bit-flipped quote": ("x.safetensors", flip(safe(), 9), "is damaged, its header is no JSON"),
+    "no JSON": ("x.safetensors", safe(text=b"{'a': 1}" + b" " * 8), "its header is no JSON"),
+    "no UTF-8": ("x.safetensors", safe(text=b'{"\xff": 1}'), "its header is no JSON (UnicodeDecodeError)"),
+    "deep JSON": ("x.safetensors", safe(text=b'{"a": ' + DEEP + b"}"), "its header is no JSON (RecursionError)"),
+    "no table": ("x.safetensors", safe(text=b"[1, 2, 3, 4, 5, 6]"), "its header is no table of tensors"),
+    "bad metadata": ("x.safetensors", safe(lambda c: c.update(__metadata__={"a": 1})), "is no table of tensors"),
+    "duplicate names": ("x.safetensors", safe(text=DUPLICATE), "names lora_unet_x.lora_down.weight twice"),
+    "no tensors": ("x.safetensors", safe(lambda content: content.clear(), 0), "holds no tensors"),
+    "unknown type": ("x.safetensors", safe(entry(dtype="F23")), "no type, shape or place for lora_unet_x.lora_up.wei"),
+    "negative shape": ("x.safetensors", safe(entry(shape=[-3, -4])), "no type, shape or place"),
+    "shape of words": ("x.safetensors", safe(entry(shape=["3", "4"])), "no type, shape or place"),
+    "monstrous shape": ("x.safetensors", safe(entry(shape=[10**18, 10**18])), "but [1000000000000000000, 10"),
+    "number without end": ("x.safetensors", safe(text=header(SMALL)[8:].replace(b"96]", b"9" * 9999 + b"]")), "place"),
+    "overlap": ("x.safetensors", safe(entry(data_offsets=[40, 88])), "overlaps its neighbour"),
+    "gap": ("x.safetensors", safe(entry(data_offsets=[50, 98])), "leaves a gap after its neighbour"),
+    "out of range": ("x.safetensors", safe(entry(shape=[3, 40], data_offsets=[48, 528])), "its header speaks of"),
+    "backward place": ("x.safetensors", safe(entry(data_offsets=[96, 48])), "has -48 bytes"),
+    "no place": ("x.safetensors", safe(entry(data_offsets=None)), "no type, shape or place"),
+    "pickle called safetensors": ("x.safetensors", GOOD, "holds a pickle (.ckpt) under another name: rename it"),
+    "old pickle called safetensors": ("x.safetensors", OLD, "holds a pickle (.ckpt) under another name: rename it"),
+    "safetensors called pickle": ("x.ckpt", safe(), "holds .safetensors under another name: rename it"),
+    "truncated pickle": ("x.ckpt", cut(GOOD, 0.7), "is damaged, or cut off"),
+    "truncated old pickle": ("x.ckpt", cut(OLD, 0.8), "is damaged, it has"),
+    "missing storage": ("x.ckpt", repacked("data/0"), "it lacks the numbers of the storage 0"),
+    "missing pickle": ("x.ckpt", repacked("data.pkl"), "is a zip archive, but holds no checkpoint: unpack it"),
+    "pickle that acts": ("x.ckpt", saved({"w": torch.ones(1), "x": Acts()}), "system); nothing of it was run"),
+    "plain pickle that acts": ("x.ckpt", write(pickle.dumps(Acts())), "nothing of it was run"),
+    "program": ("x.pt", zipped(data_pkl=b"\x80\x02}.", constants_pkl=b"\x80\x02)."), "a program (TorchScript)"),
+    "a single tensor": ("x.ckpt", saved(torch.ones(3)), "holds a Tensor, but named tensors are wanted"),
+    "a list": ("x.ckpt", saved([torch.ones(3)]), "holds a list, but named tensors are wanted"),
+    "settings only": ("x.ckpt", saved({"lr": 0.1, "steps": [1, 2]}), "holds no tensors"),
+    "gzip": ("x.ckpt", write(gzip.compress(b"weights" * 99)), "is packed with gzip"),
+    "gzip called safetensors": ("x.safetensors", write(gzip.compress(b"weights" * 99)), "is packed with gzip"),
+    "xz": ("x.ckpt", write(b"\xfd7zXZ\x00" + bytes(99)), "is packed with xz"),
+    "tar": ("x.ckpt", tar, "wanted"),
+    "zip of a picture": ("x.ckpt", zipped(cat_png=b"\x89PNG"), "is a zip archive, but holds no checkpoint"),
+    "zip bomb": ("x.ckpt", lambda path: path.write_bytes(bomb_bytes()), "unfolds to 72.00 MB (a zip bomb?)"),
+    "web page": ("x.safetensors", write(PAGE), "is a web page, but a .safetensors or .ckpt file is wanted"),
+    "web page called ckpt": ("x.ckpt", write(PAGE), "download the file itself, not the page about it"),
+    "error in JSON": ("x.safetensors", write(b'{"error": "Invalid credentials in Authorization header"}'), "is text"),
+    "git-lfs pointer": ("x.safetensors", write(LFS), "is a git-lfs pointer"),
+    "git-lfs pointer called ckpt": ("x.ckpt", write(LFS), "run `git lfs pull`"),
+    "GGUF": ("x.gguf", write(b"GGUF\x03\x00\x00\x00" + bytes(99)), "is a GGUF file, whose weights are quantised"),
+    "picture": ("x.safetensors", lambda path: Image.new("RGB", (9, 9)).save(path, "png"), "is a picture"),
+    "zeros": ("x.ckpt", write(bytes(5000)), "is no checkpoint, or is damaged from its first byte on"),
+    "noise": ("x.safetensors", write(bytes(range(255, 5, -1)) * 9), "its header claims"),
+}  # fmt: skip
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.lstat().st_size for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Run a command that must fail; its sentence, after all else has been checked."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> str:
+        before = snapshot(tmp_path)
+        assert cli.main([str(word) for word in words]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("sdlearn: ") and err.count("\n") == 1 and len(err) < 400
+        assert "Traceback" not in err and "Error(" not in err
+        assert snapshot(tmp_path) == before
+        return err
+
+    return run
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_inspect(refused, tmp_path, fault):
+    name, make, sentence = FAULTS[fault]
+    make(tmp_path / name)
+    said = refused("inspect", name)
+    assert f"sdlearn: {name} " in said and sentence in said and ": " in said.removeprefix("sdlearn: ")
+    assert refused("inspect", name, "--json") == said
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4", "ignore:'torch.load' received a zip file that looks")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_load(tmp_path, fault):
+    name, make, _ = FAULTS[fault]
+    make(tmp_path / name)
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError) as error:
+        weights.load(tmp_path / name)
+    said = str(error.value)
+    assert said.startswith(str(tmp_path / name)) and "\n" not in said and snapshot(tmp_path) == before
+    with pytest.raises(ValueError) as again:
+        StableDiffusion.load(tmp_path / name, "cpu")
+    assert str(again.value) == said
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A good model folder: name -> bytes."""
+    folder = tmp_path_factory.mktemp("model") / "model"
+    save_random_model(folder)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+UNET, VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
+INDEX = b'{"_class_name": "StableDiffusionPipeline", "../unet": ["diffusers", "UNet2DConditionModel"]}'
+FOLDER_FAULTS: dict[str, tuple[dict[str, bytes | None], str, bool]] = {  # what changes, what is said, does load see it?
+    "no unet": ({"unet/": None}, "has no folder unet, but its model_index.json wants one: copy it again", True),
+    "no tokenizer": ({"tokenizer/": None}, "has no folder tokenizer", True),
+    "no scheduler": ({"scheduler/": None}, "has no folder scheduler", True),
+    "no weights": ({UNET: None}, "unet holds no weights, but a .safetensors file is wanted: copy it again", True),
+    "empty weights": ({VAE: b""}, f"{VAE} is empty, but", True),
+    "git-lfs pointer": ({VAE: LFS}, f"{VAE} is a git-lfs pointer", True),
+    "truncated weights": ({UNET: b"\x07\0\0\0\0\0\0\0{"}, f"{UNET} is damaged", True),
+    "no index": ({"model_index.json": None}, "is no model, for it has no model_index.json: give the folder of", True),
+    "index of rubbish": ({"model_index.json": b"{ rubbish"}, "model_index.json is no readable JSON object", True),
+    "index of a list": ({"model_index.json": b"[1]"}, "model_index.json is no readable JSON object", True),
+    "index in a deep": ({"model_index.json": DEEP}, "model_index.json is no readable JSON object", False),
+    "index that leads outside": ({"model_index.json": INDEX}, "has no folder ../unet, but its", False),
+    "empty index": ({"model_index.json": b"{}", "clip/": None, "judge/": None}, "has no part with weights", True),
+}
+
+
+@pytest.mark.parametrize("fault", FOLDER_FAULTS)
+def test_folders(refused, tmp_path, model, fault):
+    changes, sentence, load_sees_it = FOLDER_FAULTS[fault]
+    for name, content in (model | changes).items():
+        if content is not None and not any(name.startswith(gone) for gone in changes if gone.endswith("/")):
+            (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "model" / name).write_bytes(content)
+    said = refused("inspect", "model")
+    assert said.startswith("sdlearn: model") and sentence in said
+    if load_sees_it:
+        with pytest.raises(ValueError, match="model") as error:
+            weights.load(Path("model"))
+        assert "\n" not in str(error.value)
+
+
+def test_paths(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "several").mkdir()
+    (tmp_path / "several" / "a.safetensors").touch()
+    (tmp_path / "dangling.ckpt").symlink_to("nowhere")
+    (tmp_path / "loop.ckpt").symlink_to("loop.ckpt")
+    os.mkfifo(tmp_path / "pipe.ckpt")  # whoever opens it waits for ever
+    sentences = {
+        "nowhere.ckpt": "there is nothing at nowhere.ckpt: give a .safetensors or .ckpt file, or a folder",
+        "": "the path is empty: give",
+        "empty": "empty is no model, for it has no model_index.json: give the folder of a model, or a file",
+        "folder.safetensors": "folder.safetensors is no model",
+        "several": "several is no model, for it has no model_index.json: give one of its files, such as a.safetensors",
+        "dangling.ckpt": "there is nothing at dangling.ckpt",
+        "loop.ckpt": "loop.ckpt cannot be read (Too many levels of symbolic links)",
+        "pipe.ckpt": "pipe.ckpt is a device or a pipe, but a .safetensors or .ckpt file is wanted",
+        "x" * 300: "File name too long",
+    }
+    for path, sentence in sentences.items():
+        assert sentence in refused("inspect", path), path
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_what_may_not_be_read(refused, tmp_path, monkeypatch, where):
+    """Nobody can forbid root to read: so the system call is made to say no."""
+
+    def forbid(self, *args):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    if where == "folder":
+        (tmp_path / "x").mkdir()
+        monkeypatch.setattr(Path, "iterdir", forbid)
+    else:
+        (tmp_path / "x").touch()
+        monkeypatch.setattr(Path, "open", forbid)
+    assert refused("inspect", "x").endswith(" x cannot be read (Permission denied): copy it to where you may read it\n")

@@ -12,11 +12,12 @@ help: ## this list
 run: .venv/.ready ## draw pictures from text, and from a picture and text, with the tiny model
 	@$(PY) -m sdlearn demo
 
-test: .venv/.ready ## check everything: exports, notebooks, style, then every notebook and every test
+test: .venv/.ready ## check everything: exports, notebooks, style, spelling, then every notebook and every test
 	@$(PY) tools/export.py --check
 	@$(PY) tools/check_notebooks.py
 	@$(PY) tools/journey.py --check
 	@$(PY) -m ruff check --quiet .
+	@$(PY) tools/spelling.py
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q --nbval --nbval-current-env -n $(JOBS) --dist loadfile
 
 book: .venv/.ready ## build the book as a website in _build/html
@@ -29,8 +30,9 @@ lab: .venv/.ready ## open the chapters in JupyterLab
 export: .venv/.ready ## write src/sdlearn/*.py from the notebooks
 	@$(PY) tools/export.py
 
-lint: .venv/.ready ## check style; `make lint FIX=--fix` also mends it
+lint: .venv/.ready ## check style and spelling; `make lint FIX=--fix` also mends the style
 	@$(PY) -m ruff check $(FIX) .
+	@$(PY) tools/spelling.py
 
 train: .venv/.ready ## train the tiny model again, all three networks (hours; goes on where it stopped)
 	@$(PY) -m sdlearn train all

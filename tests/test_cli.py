@@ -1,5 +1,6 @@
 """The command line: pictures, their names and settings, progress, interruption."""
 
+import json
 import os
 import signal
 import subprocess
@@ -137,10 +138,37 @@ def test_help_is_quick_and_names_every_command():
     code = (
         "import sys; from sdlearn.cli import main\ntry: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
     )
-    for words in (["--help"], ["txt2img", "--help"]):
+    help_of = {}
+    for words in (["--help"], ["inspect", "--help"], ["download", "--help"], ["txt2img", "--help"]):
         result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
+        help_of[words[0]] = result.stdout
+    assert all(f"\n    {name} " in help_of["--help"] for name in cli.RUN.keys() | cli.ELSEWHERE.keys())
+    assert "FILE_OR_FOLDER" in help_of["inspect"] and "sd15, OWNER/NAME" in help_of["download"]
     assert all(name in result.stdout for name in ("--cfg-scale", "--negative-prompt", "--sampler", "--offload"))
+
+
+def test_inspect(model, tmp_path, monkeypatch, capsys):
+    assert run("inspect", model) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"path      {model}\nis        a Stable Diffusion of its own sizes, diffusers folder\n")
+    assert f'draw      sdlearn txt2img "..." --model {model}\n' in out
+    assert run("inspect", model, "--json") == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["path"] == model and {part["name"] for part in content["parts"]} >= {"unet", "vae", "text_encoder"}
+    monkeypatch.chdir(tmp_path)  # a path is found from anywhere, as that of --model is
+    assert run("inspect", "checkpoints/tiny") == 0 and "the course's own tiny model" in capsys.readouterr().out
+
+
+def test_download_prints_the_path_and_what_to_do_next(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("sdlearn.hub.download", lambda what, folder: asked.append((what, folder)) or folder / "x.ckpt")
+    assert run("download", "sd15", "-o", tmp_path) == 0
+    out, err = capsys.readouterr()
+    assert asked == [("sd15", tmp_path)] and out == f"{tmp_path / 'x.ckpt'}\n"
+    assert err == f"next: sdlearn inspect {tmp_path / 'x.ckpt'}\n"
+    monkeypatch.chdir(tmp_path)  # without -o it goes where the course keeps its models
+    assert run("download", "me/x") == 0 and asked[-1][1] == cli.Path(cli.__file__).resolve().parents[2] / "checkpoints"
 
 
 def test_train_and_evaluate_are_imported_only_when_asked_for(monkeypatch):

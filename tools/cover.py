@@ -1,10 +1,12 @@
-"""The cover: twelve pictures by the shipped model, each over the sentence that it was drawn from.
+"""The pictures of the first page, drawn by the shipped model.
 
-python tools/cover.py          writes book/_static/cover.png
+python tools/cover.py                    writes all of them
+python tools/cover.py cover film         writes book/_static/cover.png and film.jpg
 """
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import matplotlib.pyplot as plt
 from sdlearn.pipeline import StableDiffusion
 
 ROOT = Path(__file__).resolve().parent.parent
+STATIC = ROOT / "book" / "_static"
 PROMPTS = (
     "a red apple on a blue background",
     "a fox on a green background",
@@ -31,17 +34,55 @@ PROMPTS = (
     "a penguin to the left of a snowman on a purple background",
 )
 SEED = 1
+JPEG = {"dpi": 120, "pil_kwargs": {"quality": 88}}
 
 
-def main() -> None:
-    sd = StableDiffusion.load(ROOT / "checkpoints" / "tiny", device="cpu")
+def cover(sd: StableDiffusion) -> None:
+    """Twelve pictures, each over the sentence that it was drawn from."""
     pictures = sd.txt2img(list(PROMPTS), seed=SEED, steps=50, sampler="ddim")
     figure, axes = plt.subplots(2, 6, figsize=(12, 4.9), layout="constrained", facecolor="white")
     for axis, picture, prompt in zip(axes.flat, pictures, PROMPTS, strict=True):
         axis.imshow(picture)
         axis.set_axis_off()
         axis.set_title(textwrap.fill(prompt, 28), y=-0.3, fontsize=8.5, va="center")
-    figure.savefig(ROOT / "book" / "_static" / "cover.png", dpi=110, metadata={"Software": None})
+    figure.savefig(STATIC / "cover.png", dpi=110, metadata={"Software": None})
+
+
+def film(sd: StableDiffusion) -> None:
+    """One drawing at eight of its fifty steps: what the U-Net is given, and what it guesses."""
+    drawings = list(sd.steps(PROMPTS[0], seed=SEED, steps=50, sampler="ddim"))
+    chosen = [drawings[i] for i in (0, 6, 12, 18, 25, 33, 41, 49)]
+    figure, axes = plt.subplots(2, 8, figsize=(9.6, 2.75), layout="constrained", facecolor="white")
+    for column, drawing in zip(axes.T, chosen, strict=True):
+        for axis, picture in zip(column, (drawing.images()[0], drawing.preview()[0]), strict=True):
+            axis.imshow(picture)
+            axis.set_axis_off()
+        column[0].set_title(f"step {drawing.index + 1}", fontsize=9)
+    figure.savefig(STATIC / "film.jpg", **JPEG)
+
+
+def repaint(sd: StableDiffusion) -> None:
+    """Image-to-image: a picture, and what another sentence makes of it at five strengths."""
+    start = sd.txt2img(PROMPTS[0], seed=SEED, steps=50, sampler="ddim")[0]
+    wish, strengths = "a green apple on a yellow background", (0.1, 0.2, 0.3, 0.6, 1.0)
+    pictures = [sd.img2img(wish, start, s, seed=SEED + 1, steps=50, sampler="ddim")[0] for s in strengths]
+    figure, axes = plt.subplots(1, 6, figsize=(9.6, 1.9), layout="constrained", facecolor="white")
+    titles = ["the picture", *(f"strength {s}" for s in strengths)]
+    for axis, picture, title in zip(axes, [start, *pictures], titles, strict=True):
+        axis.imshow(picture)
+        axis.set_axis_off()
+        axis.set_title(title, fontsize=9)
+    figure.savefig(STATIC / "repaint.jpg", **JPEG)
+
+
+def main() -> None:
+    known = {"cover": cover, "film": film, "repaint": repaint}
+    wanted = sys.argv[1:] or list(known)
+    if unknown := set(wanted) - set(known):
+        sys.exit(f"no picture is called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    sd = StableDiffusion.load(ROOT / "checkpoints" / "tiny", device="cpu")
+    for name in wanted:
+        known[name](sd)
 
 
 if __name__ == "__main__":

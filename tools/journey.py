@@ -1,4 +1,5 @@
-"""The journey of a prompt as a figure: book/_static/journey-NN.svg, with the stage of chapter NN lit.
+"""The journey of a prompt as a figure: book/_static/journey-NN.svg, with the stage of chapter NN lit; and as a map to
+click, book/_static/map.html, which the first page includes: one drawing for wide screens, one for phones.
 
 python tools/journey.py            write the figures
 python tools/journey.py --check    write nothing; exit 1 if one differs
@@ -9,7 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent.parent / "book" / "_static"
+BOOK = Path(__file__).resolve().parent.parent / "book"
+FOLDER = BOOK / "_static"
 STAGES = [  # chapters, words, x, y, width
     (("01",), "Tokenizer", 108, 84, 96),
     (("02", "03"), "Text encoder", 262, 84, 112),
@@ -80,17 +82,121 @@ def journey(chapter: str) -> str:
     )
 
 
+# --- the map to click
+NAMES = {
+    "00": "The journey", "01": "Tokenizer", "02": "Attention", "03": "CLIP", "04": "Scenes", "05": "VAE", "06": "Time",
+    "07": "U-Net", "08": "Sampler", "09": "Training", "10": "Guidance", "11": "Weights", "12": "Pipeline",
+}  # fmt: skip
+SPOKEN = {"00": "The journey: the whole way on one page", "12": "Pipeline: the whole way in one class"}
+WIDE = {
+    "size": (760, 388),
+    "boxes": {  # chapter: x, y, width
+        "00": (10, 8, 740), "01": (124, 74, 88), "02": (268, 74, 84), "03": (358, 74, 72), "06": (246, 166, 80),
+        "07": (344, 166, 86), "10": (448, 166, 96), "08": (562, 166, 84), "04": (10, 278, 88), "09": (122, 278, 92),
+        "11": (238, 278, 92), "05": (562, 278, 84), "12": (10, 342, 740),
+    },
+    "arrows": ["M106 96H122", "M212 96H266", "M394 118V164", "M326 188H342", "M430 188H446", "M544 188H560",
+               "M604 210V224H387V212", "M206 188H234", "M628 246V276", "M646 300H690", "M98 300H120", "M214 300H236"],
+    "dashed": ["M284 278V248", "M330 300H560"],
+    "frame": (236, 156, 424, 90),
+    "things": {"“a red apple”": (53, 101), "tokens": (238, 89), "context": (426, 146), "noise": (182, 192),
+               "noise, less each time": (496, 239), "50 times": (628, 148), "latents": (660, 266)},
+    "apple": (712, 302),
+}  # fmt: skip
+TALL = {
+    "size": (360, 764),
+    "boxes": {
+        "00": (10, 8, 340), "01": (100, 98, 160), "02": (20, 180, 155), "03": (185, 180, 155), "06": (24, 280, 150),
+        "07": (186, 280, 150), "10": (24, 352, 150), "08": (186, 352, 150), "05": (100, 476, 160), "12": (10, 614, 340),
+        "04": (10, 706, 104), "09": (128, 706, 104), "11": (246, 706, 104),
+    },
+    "arrows": ["M180 86V96", "M180 142V178", "M261 224V278", "M174 302H184", "M246 324V338H140V350", "M174 374H184",
+               "M300 352V326", "M180 432V474", "M180 520V544", "M114 728H126", "M232 728H244"],
+    "dashed": [],
+    "frame": (10, 262, 340, 170),
+    "things": {"“a red apple”": (180, 80), "tokens": (214, 166), "context": (296, 256), "noise": (46, 256),
+               "noise, less each time": (180, 420), "50 times": (150, 256), "latents": (216, 458),
+               "how the three networks learn:": (180, 692)},
+    "apple": (180, 572),
+}  # fmt: skip
+STYLE = """
+.journey-map { width: 100%; height: auto; margin: 0 auto 1.5rem; font: 14px system-ui, sans-serif; fill: #33404a }
+.journey-map .box { fill: #eef2f5; stroke: #7d909e; stroke-width: 1.5 }
+.journey-map .wire { fill: none; stroke: #5d6b75; stroke-width: 1.5 }
+.journey-map .tip { fill: #5d6b75 }
+.journey-map .name { font-weight: 600 }
+.journey-map .thing { font-style: italic }
+.journey-map a { text-decoration: none }
+.journey-map a:hover .box { fill: #fbe3d6; stroke: #a8481d }
+.journey-map a:focus-visible { outline: none }
+.journey-map a:focus-visible .box { stroke: #a8481d; stroke-width: 4 }
+html[data-theme="dark"] .journey-map { fill: #e3e9ee }
+html[data-theme="dark"] .journey-map .box { fill: #2b343b; stroke: #8fa3b1 }
+html[data-theme="dark"] .journey-map .wire { stroke: #a9b7c1 }
+html[data-theme="dark"] .journey-map .tip { fill: #a9b7c1 }
+html[data-theme="dark"] .journey-map a:hover .box { fill: #5a3320; stroke: #ef9467 }
+html[data-theme="dark"] .journey-map a:focus-visible .box { stroke: #ef9467 }
+.journey-tall { display: none; max-width: 26rem }
+@media (max-width: 600px) { .journey-wide { display: none } .journey-tall { display: block } }
+"""
+
+
+def box_to_click(chapter: str, x: int, y: int, width: int) -> str:
+    page = next(BOOK.glob(f"{chapter}_*.ipynb")).stem
+    spoken, middle = SPOKEN.get(chapter, NAMES[chapter]), x + width / 2
+    if width > 300:  # one line
+        words = f'<tspan class="name">{chapter}</tspan> {spoken}'
+        label = f'<text x="{middle:g}" y="{y + 27}" text-anchor="middle">{words}</text>'
+    else:
+        label = (
+            f'<text class="name" x="{middle:g}" y="{y + 19}" text-anchor="middle">{NAMES[chapter]}</text>'
+            f'<text x="{middle:g}" y="{y + 37}" text-anchor="middle">{chapter}</text>'
+        )
+    box = f'<rect class="box" x="{x}" y="{y}" width="{width}" height="44" rx="8"/>'
+    return f'<a href="{page}.html" aria-label="Chapter {chapter}: {spoken}">{box}{label}</a>'
+
+
+def thing(words: str, x: int, y: int) -> str:
+    return f'<text class="thing" x="{x}" y="{y}" text-anchor="middle">{words}</text>'
+
+
+def map_of(plan: dict, kind: str) -> str:
+    """One drawing, as an inline SVG whose boxes are links."""
+    width, height = plan["size"]
+    x, y, w, h = plan["frame"]
+    tip = f'<marker id="tip-{kind}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+    wire = f'class="wire" marker-end="url(#tip-{kind})"'
+    cx, cy = plan["apple"]
+    parts = [
+        f'<defs>{tip}<path class="tip" d="M0 0L8 4L0 8z"/></marker></defs>',
+        f'<rect class="wire" x="{x}" y="{y}" width="{w}" height="{h}" rx="12" stroke-dasharray="5 4"/>',
+        *(f'<path d="{path}" {wire}/>' for path in plan["arrows"]),
+        *(f'<path d="{path}" {wire} stroke-dasharray="4 4"/>' for path in plan["dashed"]),
+        *(thing(words, *place) for words, place in plan["things"].items()),
+        f'<circle cx="{cx}" cy="{cy}" r="16" fill="#ea5a47" stroke="#222" stroke-width="2"/>',
+        f'<path d="M{cx} {cy - 15}q1 -8 9 -9" class="wire"/>',
+        *(box_to_click(chapter, *place) for chapter, place in sorted(plan["boxes"].items())),
+    ]
+    title = "The journey of a prompt: a map of the chapters"
+    head = f'<svg class="journey-map journey-{kind}" viewBox="0 0 {width} {height}" role="group" aria-label="{title}">'
+    return f"{head}{''.join(parts)}</svg>"
+
+
+def map_page() -> str:
+    return f"<style>{STYLE}</style>\n{map_of(WIDE, 'wide')}\n{map_of(TALL, 'tall')}\n"
+
+
 def main() -> int:
-    stale = []
-    for number in range(13):
-        path, text = FOLDER / f"journey-{number:02d}.svg", journey(f"{number:02d}")
-        if not path.exists() or path.read_text("utf-8") != text:
-            stale.append(path.name)
-            if "--check" not in sys.argv:
-                path.write_text(text, "utf-8")
-    if "--check" in sys.argv and stale:
-        print("stale; run tools/journey.py:", ", ".join(stale))
-    return int("--check" in sys.argv and bool(stale))
+    texts = {f"journey-{number:02d}.svg": journey(f"{number:02d}") for number in range(13)} | {"map.html": map_page()}
+    there = {path.name: path.read_text("utf-8") for path in FOLDER.iterdir() if path.name in texts}
+    stale = [name for name, text in texts.items() if there.get(name) != text]
+    if "--check" in sys.argv:
+        if stale:
+            print("stale; run tools/journey.py:", ", ".join(stale))
+        return int(bool(stale))
+    for name in stale:
+        (FOLDER / name).write_text(texts[name], "utf-8")
+    return 0
 
 
 if __name__ == "__main__":

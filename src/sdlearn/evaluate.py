@@ -100,7 +100,7 @@ def prompt_following(
     judge: Judge,
     count: int = 400,
     steps: int = 50,
-    sampler: str = "ddim",
+    sampler: str = "ddpm",
     cfg_scale: float = 7.5,
     seed: int = 1,
 ) -> dict[str, dict[str, float]]:
@@ -161,7 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=Path("checkpoints/tiny"), help="a checkpoint folder with a judge")
     parser.add_argument("--prompts", type=int, default=400, help="how many pictures to draw and judge")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--sampler", default="ddim")
+    parser.add_argument("--sampler", default="ddpm")
     parser.add_argument("--cfg-scale", type=float, default=7.5)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")

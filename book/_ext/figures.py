@@ -1,0 +1,70 @@
+"""Sphinx extension: figures that code cells draw get words for those who cannot see them, and room on a phone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from PIL import Image
+from sphinx.application import Sphinx
+
+WIDE = 600  # pixels; a picture at least this wide has writing that would be too small on a phone
+
+
+def first_sentence(paragraph: nodes.Node) -> str:
+    """Its first sentence in plain words; a formula is left to those who read on."""
+    text = re.sub(r"\s+", " ", paragraph.astext()).strip()
+    sentence = re.match(r".+?[.!?:](?= |$)", text)
+    return "" if "\\" in text else (sentence[0] if sentence else text)
+
+
+def texts_near(cell: nodes.Node) -> Iterator[str]:
+    """The text below a code cell, then the text above it: one of them says what its figure shows."""
+    siblings = cell.parent.children
+    here = siblings.index(cell)
+    for node in (siblings[here + 1 : here + 2], siblings[here - 1 : here] if here else []):
+        if node and isinstance(node[0], nodes.paragraph):
+            yield first_sentence(node[0])
+
+
+def words_for(image: nodes.image) -> str:
+    cell = image.parent
+    while cell.parent is not None and "cell" not in cell.get("classes", []):
+        cell = cell.parent
+    said = next((text for text in texts_near(cell) if len(text) > 15), "") if cell.parent is not None else ""
+    return f"Figure. {said}" if said else "Figure, explained in the text"
+
+
+def is_wide(path: Path, width: str) -> bool:
+    """By the width on the page, where it is given (figures for sharp screens have twice the pixels)."""
+    if path.suffix == ".svg":
+        return True
+    if re.fullmatch(r"[\d.]+(px)?", width):
+        return float(width.removesuffix("px")) >= WIDE
+    with Image.open(path) as picture:
+        return picture.width >= WIDE
+
+
+def dress_images(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    for image in list(doctree.findall(nodes.image)):
+        path = Path(app.srcdir) / image["uri"]
+        name = Path(image["uri"]).name
+        if image.get("alt", "") in ("", image["uri"]) or name in image.get("alt", ""):
+            image["alt"] = words_for(image)
+        image.attributes.pop("height", None)  # it follows from the width; given, it would not shrink on a phone
+        if not path.is_file() or not is_wide(path, str(image.get("width", ""))):
+            continue
+        if isinstance(image.parent, nodes.container):
+            box = nodes.container(classes=["wide-figure"])
+            image.replace_self(box)
+            box += image
+        elif isinstance(image.parent, nodes.paragraph) and len(image.parent) == 1:
+            image.parent["classes"].append("wide-figure")
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("doctree-resolved", dress_images, priority=900)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

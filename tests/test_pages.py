@@ -1,0 +1,365 @@
+"""The pages around the chapters: glossary, notation, names elsewhere, messages, bibliography, links, the map."""
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from itertools import product
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from sdlearn.clip import CLIPTextConfig, CLIPTextEncoder
+from sdlearn.names import CLIP_RULES, VAE_RULES, ldm_unet_rules, ldm_vae_rules, rename, unet_rules
+from sdlearn.unet import UNet, UNetConfig
+from sdlearn.vae import VAE, VAEConfig
+from sdlearn.weights import empty
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOK = ROOT / "book"
+CHAPTERS = {path.name[:2]: path for path in sorted(BOOK.glob("[0-9][0-9]_*.ipynb"))}
+PAGES = {path.name: path.read_text("utf-8") for path in sorted(BOOK.glob("*.md"))}
+CELLS = {n: nbformat.read(path, as_version=4).cells for n, path in CHAPTERS.items()}
+PROSE = {n: "\n\n".join(c.source for c in cells if c.cell_type == "markdown") for n, cells in CELLS.items()}
+CODE = {n: [c.source for c in cells if c.cell_type == "code"] for n, cells in CELLS.items()}
+
+
+def tool(name: str):
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- the glossary
+def glossary(text: str) -> dict[str, tuple[str, str]]:
+    """Term in small letters -> its entry (the first of its names) and the chapter that the entry names."""
+    found = {}
+    for block in text.split("```{glossary}\n")[1].split("\n```")[0].split("\n\n"):
+        names = [line for line in block.splitlines() if line and not line.startswith(" ")]
+        chapter = re.search(r"\[Chapter\s+(\d\d)\]\((\d\d)_\w+\.ipynb\)\.$", block)
+        assert names and chapter and chapter[1] == chapter[2], f"not a glossary entry with a chapter: {block!r}"
+        found |= {name.lower(): (names[0], chapter[1]) for name in names}
+    return found
+
+
+def linked_terms(text: str) -> list[str]:
+    """The terms that a text links, {term}`so` or {term}`the words <so>`, in small letters."""
+    targets = re.findall(r"\{term\}`([^`]+)`", text)
+    return [re.sub(r"^.*<(.*)>$", r"\1", target, flags=re.DOTALL).lower() for target in targets]
+
+
+def glossary_findings(text: str, prose: dict[str, str]) -> list[str]:
+    """What is wrong between the glossary and the chapters, one sentence each."""
+    terms, first, findings = glossary(text), {}, []
+    for chapter, words in sorted(prose.items()):
+        for term in linked_terms(words):
+            if term not in terms:
+                findings.append(f"chapter {chapter} links {term!r}, which the glossary does not have")
+            else:
+                first.setdefault(terms[term][0], chapter)
+    for entry, chapter in sorted(set(terms.values())):
+        if entry not in first:
+            findings.append(f"no chapter links {entry!r}; the glossary says that chapter {chapter} introduces it")
+        elif first[entry] != chapter:
+            findings.append(f"{entry!r} is linked in chapter {first[entry]} first, but the glossary names {chapter}")
+    return findings
+
+
+def test_every_term_is_linked_where_it_is_introduced():
+    assert not glossary_findings(PAGES["glossary.md"], PROSE)
+
+
+def test_the_glossary_is_sorted_and_names_nothing_twice():
+    names = [entry for entry, _ in dict.fromkeys(glossary(PAGES["glossary.md"]).values())]
+    assert names == sorted(names, key=str.lower)
+    every = re.findall(r"^(?![ `#])(\S.*)$", PAGES["glossary.md"].split("{glossary}\n")[1], re.MULTILINE)
+    assert len(every) == len({name.lower() for name in every}) >= 80
+
+
+def test_wrong_links_to_the_glossary_are_found():
+    page = "```{glossary}\none; two\n  A. [Chapter 01](01_a.ipynb).\n\nthree\n  B. [Chapter 02](02_b.ipynb).\n```"
+    page = page.replace("one; two", "one\ntwo")
+    assert not glossary_findings(page, {"01": "{term}`Two`", "02": "{term}`3 <three>` {term}`one`"})
+    assert "does not have" in glossary_findings(page, {"01": "{term}`one` {term}`four`", "02": "{term}`three`"})[0]
+    assert "no chapter links 'three'" in glossary_findings(page, {"01": "{term}`one`"})[0]
+    assert "is linked in chapter 00 first" in glossary_findings(page, {"00": "{term}`one`", "02": "{term}`three`"})[0]
+
+
+# --- the bibliography
+def citations(text: str) -> set[str]:
+    return {key.strip() for keys in re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", text) for key in keys.split(",")}
+
+
+def test_every_citation_is_in_the_bibliography_and_every_entry_is_cited():
+    keys = re.findall(r"^@\w+\{([^,]+),", (BOOK / "references.bib").read_text("utf-8"), re.MULTILINE)
+    assert len(keys) == len(set(keys)) > 40
+    cited = {n: citations(text) for n, text in (PROSE | PAGES).items()}
+    unknown = {n: found - set(keys) for n, found in cited.items() if found - set(keys)}
+    assert not unknown, f"not in references.bib: {unknown}"
+    assert not (idle := set(keys) - set().union(*cited.values())), f"nobody cites {sorted(idle)}"
+
+
+# --- the notation
+def names_in(sources: list[str]) -> set[str]:
+    """Every name that some code uses: variables, arguments, attributes, functions."""
+    found = set()
+    for source in sources:
+        for node in ast.walk(ast.parse(source)):
+            for attribute in ("id", "arg", "attr", "name"):
+                found.add(getattr(node, attribute, None))
+    return found
+
+
+def rows(text: str) -> list[list[str]]:
+    """The body rows of all tables on a page, cell by cell."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    bodies = [line for i, line in enumerate(lines) if not set(line) <= set("|- ") and not _is_head(lines, i)]
+    return [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in bodies]
+
+
+def _is_head(lines: list[str], i: int) -> bool:
+    return i + 1 < len(lines) and set(lines[i + 1]) <= set("|- ")
+
+
+def test_the_names_of_the_notation_are_those_of_the_code():
+    known, checked = {n: names_in(sources) for n, sources in CODE.items()}, 0
+    for row in rows(PAGES["notation.md"]):
+        chapter = re.search(r"\[(\d\d)\]\(\1_\w+\.ipynb\)", row[-1])
+        assert chapter, f"a row of the notation names no chapter: {row}"
+        for name in re.findall(r"`(\w+)`", row[0]):
+            assert name in known[chapter[1]], f"the code of chapter {chapter[1]} has no {name!r}"
+            checked += 1
+    assert checked > 30
+
+
+def test_the_sizes_of_the_notation_are_those_of_the_models():
+    unet, text, page = UNetConfig(), CLIPTextConfig(), {row[0]: row for row in rows(PAGES["notation.md"])}
+    widths = [c // n for c, n in zip(unet.channels, unet.heads, strict=True)]
+    assert page["S"][2] == str(text.positions) and page["D"][2] == str(text.width) == str(unet.context_width)
+    assert page["E"][2] == str(unet.time_width) and page["T"][2] == "4,096 at most"
+    assert page["K"][2] == f"{min(widths)} to {max(widths)} in the U-Net"
+    assert page["C"][2] == f"{min(unet.channels)} to {max(unet.channels)} in the U-Net"
+
+
+# --- names elsewhere
+def value_of(expression: str, i: int, j: int) -> int:
+    """3i+j+2 at some i and j: a sum of multiples of i, of j and of a number."""
+    total = 0
+    for sign, digits, letter in re.findall(r"([+-]?)(\d*)([ij]?)", expression):
+        if digits or letter:
+            total += (-1 if sign == "-" else 1) * int(digits or 1) * {"i": i, "j": j, "": 1}[letter]
+    return total
+
+
+def expand(pattern: str, i: int, j: int) -> str:
+    return re.sub(r"\{([^{}]+)\}", lambda match: str(value_of(match[1], i, j)), pattern)
+
+
+def span(text: str, letter: str) -> range:
+    found = re.search(letter + r" = (\d+)(?: to (\d+))?", text)
+    return range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(1)
+
+
+def rosetta_triples(section: str) -> set[tuple[str, str, str]]:
+    """All names that the tables of one network stand for, as the page says it."""
+    head, *insides = section.split("\n### Inside ")
+    parts = {text.split(" of ")[0]: rows(text) for text in insides}
+    found = set()
+    for ours, theirs, ldm, _ in rows(head):
+        ours, _, about = ours.partition("<br>")  # what it is; the values of i; those of j
+        what, _, spans = about.partition("; ")
+        patterns = [name.strip("`") for name in (ours, theirs, ldm)]
+        inner = parts[what] if patterns[0].endswith(".") else [["", "", ""]]
+        for i, j, piece in product(span(spans, "i"), span(spans, "j"), inner):
+            pieces = (cell.partition("<br>")[0].strip("`") for cell in piece[:3])
+            names = (expand(p, i, j) + q for p, q in zip(patterns, pieces, strict=True))
+            found.add(tuple(names))
+    return found
+
+
+def test_patterns_are_expanded_rightly():
+    assert expand("up.{4i+j}.resnet.", 2, 1) == "up.9.resnet."
+    assert [expand(p, 1, 0) for p in ("a.{3-i}", "a.{3i+2}", "a.{i}.0", "b.7")] == ["a.2", "a.5", "a.1.0", "b.7"]
+    assert list(span("i = 1 to 3; j = 0 to 2", "i")) == [1, 2, 3] and list(span("", "j")) == [0]
+
+
+UNET, VAE_SIZES = UNetConfig(), VAEConfig()
+NETWORKS = {
+    "The U-Net": (UNet, UNET, unet_rules(UNET), ldm_unet_rules(UNET)),
+    "The VAE": (VAE, VAE_SIZES, VAE_RULES, ldm_vae_rules(VAE_SIZES)),
+    "The text encoder": (CLIPTextEncoder, CLIPTextConfig(), CLIP_RULES, CLIP_RULES),
+}
+
+
+@pytest.mark.parametrize("title", NETWORKS)
+def test_the_page_of_names_covers_every_tensor(title):
+    make, config, rules, ldm_rules = NETWORKS[title]
+    section = PAGES["rosetta.md"].split(f"\n## {title}\n")[1].split("\n## ")[0]
+    names = list(empty(make, config).state_dict())
+    wanted = {
+        tuple(theirs.rpartition(".")[0] for theirs in (name, rename(name, rules), rename(name, ldm_rules)))
+        for name in names
+    }
+    found = rosetta_triples(section)
+    assert wanted <= found, f"not on the page: {sorted(wanted - found)[:3]}"
+    # What is not there is a shortcut of a ResBlock that keeps its width; the page says so.
+    assert {ours.rpartition(".")[2] for ours, _, _ in found - wanted} <= {"conv_shortcut"}
+    assert len(found) < len(section) / 10 or title != "The U-Net"  # patterns, not lists
+
+
+def test_the_page_of_names_is_in_sync(monkeypatch, tmp_path, capsys):
+    rosetta = tool("rosetta")
+    monkeypatch.setattr(sys, "argv", ["rosetta.py", "--check"])
+    assert rosetta.main() == 0
+    stale = tmp_path / "rosetta.md"
+    stale.write_text(PAGES["rosetta.md"].replace("`out.2`", "`out.3`"), "utf-8")
+    monkeypatch.setattr(rosetta, "PAGE", stale)
+    assert rosetta.main() == 1 and "stale" in capsys.readouterr().out
+
+
+def resolve(path: str):
+    """A dotted path, perhaps with arguments in parentheses, -> the object; fails if anything of it is not there."""
+    owner, _, arguments = path.removesuffix(")").partition("(")
+    words = owner.split(".")
+    for cut in range(len(words), 0, -1):
+        try:
+            found, rest = importlib.import_module(".".join(words[:cut])), words[cut:]
+            break
+        except ModuleNotFoundError:
+            continue
+    for word in rest:
+        fields = getattr(found, "__dataclass_fields__", {})
+        found = fields[word] if word in fields else getattr(found, word)
+    for argument in filter(None, arguments.split(", ")):
+        assert argument in inspect.signature(found).parameters, f"{owner} takes no {argument}"
+    return found
+
+
+def test_our_words_on_the_page_of_names_exist():
+    rosetta = tool("rosetta")
+    for table in (rosetta.CLASSES, rosetta.SIZES):
+        for ours, *_ in rosetta.rows_of(table):
+            resolve(f"sdlearn.{ours}")
+    pipeline = importlib.import_module("sdlearn.pipeline").StableDiffusion
+    arguments = {*inspect.signature(pipeline.txt2img).parameters, *inspect.signature(pipeline.img2img).parameters}
+    told = {ours for ours, *_ in rosetta.rows_of(rosetta.ARGUMENTS)}
+    assert told == arguments - {"self"}
+    with pytest.raises(AttributeError):
+        resolve("sdlearn.unet.UNetConfig.colours")
+    with pytest.raises(AssertionError):
+        resolve("sdlearn.unet.UNet.forward(colour)")
+
+
+def test_the_words_of_diffusers_on_the_page_of_names_exist():
+    rosetta, config = tool("rosetta"), importlib.import_module("sdlearn.config")
+    for table in (rosetta.CLASSES, rosetta.ARGUMENTS):
+        for _, theirs, *_ in rosetta.rows_of(table):
+            if theirs and not theirs.endswith(".config"):
+                resolve(theirs)
+    keys = {
+        "unet": config.unet_to_json(UNetConfig(), 64), "vae": config.vae_to_json(VAEConfig(), 512),
+        "clip": config.text_to_json(CLIPTextConfig()), "schedule": dict.fromkeys(config.SCHEDULE_KEYS.values()),
+    }  # fmt: skip
+    for ours, theirs, *_ in rosetta.rows_of(rosetta.SIZES):
+        assert theirs in keys[ours.partition(".")[0]], f"diffusers' configuration of {ours} has no {theirs}"
+
+
+def test_no_field_of_the_schedule_is_missing_on_the_page_of_names():
+    schedule = importlib.import_module("sdlearn.schedule").Schedule
+    told = {row[0].strip("`") for row in rows(PAGES["rosetta.md"])}
+    assert {f"Schedule.{field.name}" for field in dataclasses.fields(schedule)} <= told
+
+
+# --- the messages
+GAP = "…"  # stands for a value in a message
+
+
+def messages() -> dict[str, re.Pattern]:
+    """Every ValueError of the modules that chapters own, and of the command line -> what a message of it looks like."""
+    found = {}
+    for path in sorted((ROOT / "src" / "sdlearn").glob("*.py")):
+        source = path.read_text("utf-8")
+        if "\nExported from book/" not in source and path.stem not in ("cli", "tiny", "evaluate"):
+            continue
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ValueError":
+                (text,) = node.args
+                values = text.values if isinstance(text, ast.JoinedStr) else [text]
+                parts = [value.value if isinstance(value, ast.Constant) else None for value in values]
+                pattern = "".join(".*" if part is None else re.escape(part) for part in parts)
+                found["".join(GAP if part is None else part for part in parts)] = re.compile(pattern)
+    return found
+
+
+def told_messages(page: str) -> list[str]:
+    return [re.sub(r"^`+ ?|`+$", "", row[0]).strip() for row in rows(page.split("\n## Messages\n")[1])]
+
+
+def test_every_message_is_explained_and_every_explained_one_exists():
+    known, told = messages(), told_messages(PAGES["troubleshooting.md"])
+    assert len(known) > 80 and len(told) == len(set(told))
+    missing = [message for message, form in known.items() if not any(map(form.fullmatch, told))]
+    assert not missing, f"add to book/troubleshooting.md: {missing}"
+    strange = [text for text in told if not any(form.fullmatch(text) for form in known.values())]
+    assert not strange, f"sdlearn says no such thing: {strange}"
+
+
+# --- links into chapters
+def anchors(text: str) -> set[str]:
+    """What the headings of a page may be linked as."""
+    from myst_parser.mdit_to_docutils.base import default_slugify
+
+    headings = re.findall(r"^#{1,3} (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {default_slugify(re.sub(r"[`*$]", "", heading)) for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_of_a_page_leads_somewhere(name):
+    for target, anchor in re.findall(r"\]\(([\w./-]*?)(?:#([^)\s]+))?\)", PAGES[name]):
+        if target.startswith("http") or not (target or anchor):
+            continue
+        where = target or name
+        text = PROSE.get(where[:2]) if where.endswith(".ipynb") else PAGES.get(where)
+        assert (BOOK / where).exists() and text, f"{name} links to {where}, which is not there"
+        assert not anchor or anchor in anchors(text), f"{name} links to {where}#{anchor}, but no heading is called so"
+
+
+def test_exercises_that_pages_name_exist():
+    labels = {n: re.findall(r"^:label: (\S+)$", text, re.MULTILINE) for n, text in PROSE.items()}
+    every = [label for found in labels.values() for label in found]
+    assert len(every) == len(set(every))
+    for name, text in PAGES.items():
+        for label in re.findall(r"\{(?:ref|numref)\}`(?:[^`<]*<)?(ch\d\d-ex\d+)>?`", text):
+            assert label in every, f"{name} names exercise {label}, which is not there"
+    told = set(re.findall(r"ch\d\d-ex\d+", PAGES["teaching.md"]))
+    for n, found in labels.items():
+        assert told & set(found), f"the teacher's page assigns no exercise of chapter {n}"
+
+
+# --- the first page
+def test_the_map_leads_to_every_chapter():
+    page = (BOOK / "_static" / "map.html").read_text("utf-8")
+    assert ":file: _static/map.html" in PAGES["index.md"]
+    for drawing in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        assert re.findall(r'<a href="(\w+)\.html"', drawing) == [path.stem for path in CHAPTERS.values()]
+        assert len(re.findall(r'aria-label="Chapter \d\d: ', drawing)) == len(CHAPTERS)
+    assert page.count("<svg") == 2
+
+
+def test_the_table_of_contents_has_every_page_and_the_first_page_names_them():
+    contents = re.findall(r"file: book/(\S+)", (ROOT / "_toc.yml").read_text("utf-8"))
+    assert sorted([*contents, "index"]) == sorted(path.stem for path in [*CHAPTERS.values(), *BOOK.glob("*.md")])
+    for name in contents:
+        assert re.search(rf"\]\({name}\.(ipynb|md)\)", PAGES["index.md"]), f"the first page does not link {name}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pictures_of_the_pages_exist_and_are_described(name):
+    for path, options in re.findall(r"```\{(?:image|figure)\} (\S+)\n(.*?)```", PAGES[name], re.DOTALL):
+        assert (BOOK / path).exists()
+        assert len(re.search(r":alt: (.*)", options)[1]) > 20

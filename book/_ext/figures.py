@@ -55,7 +55,7 @@ def dress_images(app: Sphinx, doctree: nodes.document, page: str) -> None:
         if image.get("alt", "") in ("", image["uri"]) or name in image.get("alt", ""):
             image["alt"] = words_for(image)
         image.attributes.pop("height", None)  # it follows from the width; given, it would not shrink on a phone
-        if not path.is_file() or not is_wide(path, str(image.get("width", ""))):
+        if "fits" in image["classes"] or not path.is_file() or not is_wide(path, str(image.get("width", ""))):
             continue
         if isinstance(image.parent, nodes.container):
             box = nodes.container(classes=["wide-figure"])

@@ -152,3 +152,9 @@ def test_damaged_json_is_one_sentence(tmp_path, content):
         config.read_json(tmp_path / "config.json")
     with pytest.raises(ValueError, match="missing"):
         config.read_json(tmp_path / "other.json")
+
+
+def test_json_that_is_nested_without_end_is_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
+        config.read_json(tmp_path / "config.json")

@@ -314,3 +314,10 @@ def test_files_appear_all_or_none(tmp_path):
     assert old.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     weights.write_files({old: lambda path: path.write_text("new")})
     assert old.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_pickle_that_holds_itself_is_read(tmp_path):
+    content = {"weight": torch.zeros(2)}
+    content["state_dict"] = content
+    torch.save(content, tmp_path / "ring.ckpt")
+    assert list(weights.read_tensors(tmp_path / "ring.ckpt")) == ["weight"]

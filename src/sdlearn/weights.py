@@ -122,8 +122,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:  # damaged bytes fail in many ways
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is not a readable checkpoint ({reason})") from None
-    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    for _ in range(9):  # a table may even hold itself
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            content = content["state_dict"]
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, but named tensors are wanted")
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}

@@ -34,10 +34,10 @@ def browser() -> Iterator:
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         absent("there is no browser: apt-get install chromium, or set CHROMIUM to the path of one")
+    options = ["--no-sandbox", "--disable-gpu", "--disable-smooth-scrolling", "--force-prefers-reduced-motion"]
+    options.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")  # there is no network
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=path, args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-        )
+        chromium = playwright.chromium.launch(executable_path=path, args=options)
         yield chromium
         chromium.close()
 
@@ -48,6 +48,9 @@ def book(browser, tmp_path_factory) -> Path:
     if given := os.environ.get("BOOK_HTML"):
         folder = Path(given).resolve()
         assert (folder / "book" / "index.html").is_file(), f"BOOK_HTML is {given}, and no book is there: make book"
+        copies = [(path, folder / "_sources" / "book" / path.name) for path in (ROOT / "book").glob("*.[im][pd]*")]
+        old = [path.name for path, copy in copies if not copy.exists() or copy.read_bytes() != path.read_bytes()]
+        assert not old, f"the book in BOOK_HTML is older than {', '.join(old)}: make book"
         return folder
     target = tmp_path_factory.mktemp("website")
     command = [Path(sys.executable).with_name("jupyter-book"), "build", ROOT, "--path-output", target]

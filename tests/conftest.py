@@ -1,8 +1,10 @@
 """Every test runs offline, on one thread, from the same seed."""
 
 import os
+import shutil
 import signal
 import threading
+from collections.abc import Iterator
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
@@ -22,6 +24,34 @@ def seeded():
     numpy.random.seed(0)
     torch.manual_seed(0)
 
+
 if threading.current_thread() is threading.main_thread():
     # Jobs that a shell puts into the background ignore Ctrl-C, and so would the processes that the tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def absent(reason: str) -> None:
+    if os.environ.get("WEB_REQUIRED"):
+        pytest.fail(f"WEB_REQUIRED is set, but {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator:
+    """One browser for all tests."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        absent("Playwright is not installed: python -m pip install -r requirements.txt")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        absent("there is no browser: apt-get install chromium, or set CHROMIUM to the path of one")
+    options = ["--no-sandbox", "--disable-gpu", "--disable-smooth-scrolling", "--force-prefers-reduced-motion"]
+    options.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")  # there is no network
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=options)
+        yield chromium
+        chromium.close()

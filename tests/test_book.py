@@ -141,8 +141,13 @@ def about_pictures(notebook: NotebookNode) -> Iterator[str]:
     yield from (f"shows {name} without words for those who cannot see it" for name, alt in alts if len(alt.split()) < 3)
 
 
+def about_formulas(notebook: NotebookNode) -> Iterator[str]:
+    roles = re.findall(r"\{\w+\}`[^`]*\$[^`]*`", prose(markdown(notebook)))
+    yield from (f"has a formula in a role, where it is not rendered: {role}" for role in roles)
+
+
 DEMANDS: list[Callable[[NotebookNode], Iterator[str]]] = [
-    about_sections, about_exercises, about_quiz, about_names, about_pictures,
+    about_sections, about_exercises, about_quiz, about_names, about_pictures, about_formulas,
 ]  # fmt: skip
 
 
@@ -270,6 +275,7 @@ FAULTS = [
     (about_names, "exports rescale", replace_all("`rescale`", "rescale")),
     (about_names, "exports Guided", replace_all("`Guided(unet)`", "guided")),
     (about_pictures, "a.png", replace("![a red apple]", "![]")),
+    (about_formulas, "{term}`so $x$", replace("The word", "{term}`so $x$ <x>` and")),
 ]  # fmt: skip
 
 

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 from queue import Empty
 
@@ -271,19 +270,6 @@ def test_a_person_gets_sliders_that_call_the_function():
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no chromium here")
-    flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
-    with api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=found, args=flags)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

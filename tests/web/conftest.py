@@ -6,40 +6,13 @@ WEB_REQUIRED   where it is set, a missing browser is a failure; else the tests a
 """
 
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-
-def absent(reason: str) -> None:
-    if os.environ.get("WEB_REQUIRED"):
-        pytest.fail(f"WEB_REQUIRED is set, but {reason}")
-    pytest.skip(reason)
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator:
-    """One browser for all tests."""
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        absent("Playwright is not installed: python -m pip install -r requirements.txt")
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        absent("there is no browser: apt-get install chromium, or set CHROMIUM to the path of one")
-    options = ["--no-sandbox", "--disable-gpu", "--disable-smooth-scrolling", "--force-prefers-reduced-motion"]
-    options.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")  # there is no network
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=options)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,12 @@ from pathlib import Path
 import torch
 
 from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig
+from sdlearn.saving import save_pipeline
 from sdlearn.schedule import Schedule
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
-from sdlearn.weights import Parts, save_clip, save_pipeline
+from sdlearn.weights import Parts, save_clip
 
 CAPTIONS = ["a red apple on a blue background", "a fox to the left of a green umbrella", "a cat above a yellow star"]
 SMALL_UNET = UNetConfig((32, 64), (True, False), heads=(2, 4), blocks=1, context_width=32, groups=8)

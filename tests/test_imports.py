@@ -14,12 +14,12 @@ JOURNEY = """
     tokenizer scenes attention blocks timestep schedule
     clip vae unet
     ddpm samplers guidance
-    training tasks headers names config weights
+    training tasks headers hub names config files fitting saving weights
     pictures pipeline
     inpaint lora controlnet sdxl lcm speed
     judge tiny evaluate
     show moving
-    inspection hub
+    inspection
     cli
 """
 ORDER = JOURNEY.split()

@@ -15,7 +15,7 @@ from checkpoint_files import CLUTTER, ema_shapes, header, sd15_shapes, write_spa
 from random_model import save_random_model
 from safetensors.torch import save_file
 
-from sdlearn import headers, names, weights
+from sdlearn import files, headers, names, weights
 from sdlearn.headers import read_header
 from sdlearn.inspection import IGNORED, PARTS, SD1, inspect, to_json, to_text
 
@@ -104,7 +104,7 @@ def test_the_numbers_of_sd_1_5_are_those_of_our_models(sd15):
 
 def test_patterns_are_those_of_names(sd15):
     """inspection.py cannot import sdlearn.names without torch: what both know must be the same."""
-    assert IGNORED.pattern == names.LDM_IGNORED.pattern
+    assert IGNORED.pattern == "|".join(names.IGNORED)
     for part, shapes in zip(SD1, (sd15["unet"], sd15["vae"], sd15["text"]), strict=True):
         assert all(re.match(PARTS[part], name) for name in shapes)
 
@@ -124,7 +124,7 @@ KINDS = [  # tensors -> what the text says, what sdlearn.names.recognise says
      "VAE alone for SD 1, SD 2 or SDXL (their shapes are the same), LDM names", "a VAE alone"),
     ({"first_stage_model.encoder.mid.attn_1.q.weight": (512, 512, 1, 1)}, "VAE alone, LDM names", "a VAE alone"),
     ({"decoder.mid_block.attentions.0.to_q.weight": (512, 512), "decoder.conv_in.weight": (512, 16, 3, 3),
-      "encoder.down_blocks.0.resnets.0.conv1.bias": (128,)}, "VAE alone, diffusers names", "one part of a diffusers"),
+      "encoder.down_blocks.0.resnets.0.conv1.bias": (128,)}, "VAE alone, diffusers names", "a VAE alone"),
     ({f"lora_unet_{KOHYA}.lora_down.weight": (16, 768), f"lora_unet_{KOHYA}.lora_up.weight": (320, 16),
       f"lora_unet_{KOHYA}.alpha": (), "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (8, 768)},
      "LoRA for SD 1, of rank 8 to 16 in 2 layers, kohya names", "a LoRA"),
@@ -145,8 +145,8 @@ KINDS = [  # tensors -> what the text says, what sdlearn.names.recognise says
     ({f"{PEFT}.to_k.weight": (320, 2048), "controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3)},
      "ControlNet for SDXL, diffusers names", "a ControlNet"),
     ({"emb_params": (8, 768)}, "textual inversion for SD 1, vectors: 8", "a textual inversion"),
-    ({"clip_l": (2, 768), "clip_g": (2, 1280)}, "textual inversion for SDXL, vectors: 2", None),
-    ({"<cat-toy>": (768,)}, "textual inversion for SD 1, vectors: 1", None),
+    ({"clip_l": (2, 768), "clip_g": (2, 1280)}, "textual inversion for SDXL, vectors: 2", "a textual inversion"),
+    ({"<cat-toy>": (768,)}, "textual inversion for SD 1, vectors: 1", "a textual inversion"),
     ({"my-cat": (3, 1024)}, "textual inversion for SD 2, vectors: 3", None),
     ({"ip_adapter.1.to_k_ip.weight": (320, 768), "image_proj.proj.weight": (3072, 1024)}, "IP-Adapter for SD 1", None),
     ({"adapter.body.0.resnets.0.block1.weight": (320, 320, 3, 3)}, "T2I-Adapter", None),
@@ -276,7 +276,7 @@ def test_headers_say_what_torch_loads(tmp_path, form):
         tensors = {name: value for name, value in tensors.items() if "old" not in form or name != "float8"}
         torch.save(tensors, path, _use_new_zipfile_serialization="old" not in form)
     found = read_header(path).tensors
-    loaded = weights.read_tensors(path)
+    loaded = files.read_tensors(path)
     assert {name: (headers.DTYPES[x.dtype][0], x.shape) for name, x in found.items()} == {
         name: (str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in loaded.items()
     }
@@ -302,7 +302,7 @@ def test_a_pickle_that_names_a_class_is_described_but_not_promised(tmp_path):
         == "its pickle names test_inspection.Trainer, which a safe reader refuses: take the .safetensors file"
     )
     with pytest.raises(ValueError, match="holds more than tensors"):  # and it is true
-        weights.read_tensors(tmp_path / "x.ckpt")
+        files.read_tensors(tmp_path / "x.ckpt")
 
 
 class Acts:

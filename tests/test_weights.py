@@ -13,7 +13,7 @@ from random_model import SMALL_UNET, SMALL_VAE, random_parts, save_random_model
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel
 
-from sdlearn import weights
+from sdlearn import files, weights
 from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig, CLIPTextEncoder
 from sdlearn.config import clip_to_json, text_to_json, unet_to_json, vae_to_json
 from sdlearn.names import (
@@ -244,9 +244,8 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path, part, name):
     path = next((tmp_path / part).glob("*.safetensors"))
     load = getattr(weights, f"load_{part}")
     good = load_file(path)
-    name_read = name.removeprefix("text_model.")
     save_file({k: v for k, v in good.items() if k != name}, path)
-    with pytest.raises(ValueError, match=f"lacks the tensor {name_read}"):
+    with pytest.raises(ValueError, match=f"lacks the tensor {name}"):
         load(tmp_path)
     save_file(good | {"more.weight": torch.zeros(2), "most.weight": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="no part of the model takes, more.weight and 1 more"):
@@ -254,7 +253,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path, part, name):
     save_file(good | {name: torch.zeros(7, 5)}, path)
     with pytest.raises(ValueError) as error:
         load(tmp_path)
-    assert name_read in str(error.value) and "(7, 5)" in str(error.value)
+    assert name in str(error.value) and "(7, 5)" in str(error.value)
     assert str(tuple(good[name].shape)) in str(error.value)
 
 
@@ -274,7 +273,7 @@ def test_damaged_and_dangerous_files_are_one_sentence(tmp_path, content, suffix)
 
 def test_a_pickle_that_acts_is_not_obeyed(tmp_path):
     torch.save({"state_dict": {"x": Bomb()}}, tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match="take the .safetensors file instead"):
+    with pytest.raises(ValueError, match="runs code when it is opened.*nothing of it was run: do not use it"):
         weights.load(tmp_path / "model.ckpt")
 
 
@@ -282,7 +281,7 @@ def test_truncated_file(tmp_path, single):
     path = tmp_path / "model.safetensors"
     save_file(single, path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
+    with pytest.raises(ValueError, match="is damaged, it has .* bytes, but its header speaks of"):
         weights.load(path)
 
 
@@ -310,9 +309,9 @@ def test_files_appear_all_or_none(tmp_path):
         raise OSError("no space left on device")
 
     with pytest.raises(OSError):
-        weights.write_files({old: lambda path: path.write_text("new"), tmp_path / "b.txt": fail})
+        files.write_files({old: lambda path: path.write_text("new"), tmp_path / "b.txt": fail})
     assert old.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-    weights.write_files({old: lambda path: path.write_text("new")})
+    files.write_files({old: lambda path: path.write_text("new")})
     assert old.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
@@ -320,4 +319,4 @@ def test_a_pickle_that_holds_itself_is_read(tmp_path):
     content = {"weight": torch.zeros(2)}
     content["state_dict"] = content
     torch.save(content, tmp_path / "ring.ckpt")
-    assert list(weights.read_tensors(tmp_path / "ring.ckpt")) == ["weight"]
+    assert list(files.read_tensors(tmp_path / "ring.ckpt")) == ["weight"]

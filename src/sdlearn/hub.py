@@ -118,6 +118,24 @@ def download(what: str, folder: str | Path = "checkpoints", endpoint: str | None
     return target
 
 
+def is_hub_id(what: str) -> bool:
+    """Does it look like OWNER/NAME, and not like a path that was misspelt?"""
+    owner, _, name = what.partition("/")
+    words = all(re.fullmatch(r"\w[\w.-]*", word) for word in (owner, name))
+    return words and not Path(owner).exists() and not name.endswith((".safetensors", ".ckpt", ".bin", ".pt"))
+
+
+def find_on_hub(what: str, folder: str | Path = "checkpoints") -> Path:
+    """OWNER/NAME -> its place on this machine: in `folder`, downloaded into it if it is not there yet."""
+    there = Path(folder) / what.partition("/")[2]
+    if (there / "model_index.json").is_file():
+        return there
+    try:
+        return download(what, folder)
+    except ValueError as error:
+        raise ValueError(f"there is no model at {what}, and from the hub: {error}") from None
+
+
 def is_there(path: Path, sibling: RepoSibling) -> bool:
     """Has the file been downloaded before? Another one of its name is never written over."""
     if not path.exists():

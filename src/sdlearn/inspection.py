@@ -38,8 +38,9 @@ WHOLE = {"SD 1": "Stable Diffusion 1.x", "SD 2": "Stable Diffusion 2.x", "SDXL":
          "SD 3": "Stable Diffusion 3", "FLUX": "FLUX"}  # fmt: skip
 ADDED = ("LoRA", "IP-Adapter", "T2I-Adapter", "ControlNet", "motion module", "textual inversion")  # to a whole model
 IGNORED = re.compile(  # as in sdlearn.names, which cannot be imported without torch; a test compares the two
-    r"model_ema\.|.*position_ids$|first_stage_model\.loss\.|cond_stage_model\.(logit_scale|text_projection)|scale_factor$"
-    r"|(log_)?(one_minus_)?(sqrt_)?(recip_?|recipm1_|one_minus_)?(betas|alphas_cumprod)(_prev)?$|posterior_|logvar$|lvlb_"
+    r"(log_)?(one_minus_)?(sqrt_)?(recip_?|recipm1_|one_minus_)?(betas|alphas_cumprod)(_prev)?$|posterior_|logvar$|lvlb_"
+    r"|scale_factor$|.*position_ids$|cond_stage_model\.(logit_scale|text_projection)"
+    r"|((first_stage_model|vae)\.)?loss\.|model_ema\."
 )
 PARTS = {  # of files that have several -> how the names of their tensors begin
     "transformer": r"model\.diffusion_model\.(joint|double|single)_",

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdlearn.blocks import ResBlock
+from sdlearn.files import read_tensors
 from sdlearn.scenes import BACKGROUNDS, COLOURS, OBJECTS, SIZE, Scene, paste, random_scene, random_thing, sprite
 from sdlearn.tasks import to_tensor
 from sdlearn.training import Task
-from sdlearn.weights import read_tensors
 
 CELL = 8
 EMPTY, UNKNOWN = "empty", "unknown"

@@ -13,6 +13,7 @@ __all__ = [
     "rename",
     "CLIP_RULES",
     "VAE_RULES",
+    "OLD_VAE_RULES",
     "TRANSFORMER_RULES",
     "unet_rules",
     "LDM_RESNET",
@@ -22,7 +23,9 @@ __all__ = [
     "SIGNS",
     "recognise",
     "LDM_PREFIXES",
-    "LDM_IGNORED",
+    "IGNORED",
+    "why_ignored",
+    "averaged_name",
 ]
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]  # (pattern, replacement), applied one after the other
@@ -52,6 +55,9 @@ VAE_RULES = (  # ours -> diffusers'
     (r"(down|up)(_blocks\.\d+)\.resample", r"\1\2.\1samplers.0"),
     (r"\.norm_out", ".conv_norm_out"),
 )
+OLD_VAE_RULES = (*VAE_RULES,  # as diffusers wrote them before 2023
+    (r"\.to_q\.", ".query."), (r"\.to_k\.", ".key."), (r"\.to_v\.", ".value."), (r"\.to_out\.0\.", ".proj_attn."),
+)  # fmt: skip
 TRANSFORMER_RULES = (  # inside a SpatialTransformer, diffusers and CompVis agree
     (r"\.to_out\.", ".to_out.0."),
     (r"\.ff\.proj\.", ".ff.net.0.proj."),
@@ -129,30 +135,44 @@ def clip_name(name: str) -> str:
     return theirs + rename(rest, CLIP_RULES) if theirs else name
 
 
-SIGNS = {  # part of a tensor's name -> what the file is; the first that occurs decides
-    "lora_": "a LoRA (chapter 15)",
-    ".lora": "a LoRA (chapter 15)",
-    "control_model.": "a ControlNet (chapter 16)",
-    "controlnet_": "a ControlNet (chapter 16)",
-    "conditioner.embedders.": "an SDXL model (chapter 17)",
-    "cond_stage_model.model.": "an SD 2 model",
-    "cond_stage_model.transformer.": "SD 1",
-    "string_to_param": "a textual inversion",
-    "emb_params": "a textual inversion",
-    "model.diffusion_model.": "a U-Net without a text encoder",
-    "down_blocks.": "one part of a diffusers folder",
-    "encoder.mid.": "a VAE alone",
+SIGNS = {  # a pattern in the names of the tensors -> what the file is; the first that occurs decides
+    r"lora_|\.lora|\.hada_w1|\.lokr_w1": "a LoRA (chapter 15)",
+    r"^control_model\.|^controlnet_|^input_hint_block\.": "a ControlNet (chapter 16)",
+    r"^conditioner\.embedders\.": "an SDXL model (chapter 17)",
+    r"^cond_stage_model\.model\.": "an SD 2 model",
+    r"^cond_stage_model\.transformer\.": "SD 1",
+    r"^string_to_param|^emb_params$|^clip_[lg]$|^<.*>$": "a textual inversion",
+    r"^model\.diffusion_model\.": "a U-Net without a text encoder",
+    r"^(down|up)_blocks\.|^(text_model\.)?encoder\.layers\.": "one part of a diffusers folder",
+    r"(^|\.)(encoder|decoder)\.mid(_block)?\.": "a VAE alone",
 }
 
 
 def recognise(names: Iterable[str]) -> str:
     """What a single file is, told from the names of its tensors."""
     text = "\n".join(names)
-    return next((kind for sign, kind in SIGNS.items() if sign in text), "unknown")
+    return next((kind for sign, kind in SIGNS.items() if re.search(sign, text, re.MULTILINE)), "unknown")
 
 
 LDM_PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.transformer."}
-LDM_IGNORED = re.compile(  # averaged copies, the noise schedule's tables, training's leftovers
-    r"model_ema\.|.*position_ids$|first_stage_model\.loss\.|cond_stage_model\.(logit_scale|text_projection)|scale_factor$"
-    r"|(log_)?(one_minus_)?(sqrt_)?(recip_?|recipm1_|one_minus_)?(betas|alphas_cumprod)(_prev)?$|posterior_|logvar$|lvlb_"
-)
+IGNORED = {  # how a name begins -> why such a tensor is not needed to draw
+    r"(log_)?(one_minus_)?(sqrt_)?(recip_?|recipm1_|one_minus_)?(betas|alphas_cumprod)(_prev)?$":
+        "a table of the noise schedule, which follows from two numbers",
+    r"posterior_": "a table of the reverse process, which follows from the same two numbers",
+    r"logvar$|lvlb_": "a weight of the training loss",
+    r"scale_factor$": "the latent scale, which stands in the configuration",
+    r".*position_ids$": "the numbers 0 to 76",
+    r"cond_stage_model\.(logit_scale|text_projection)": "a part of CLIP that only compares texts with pictures",
+    r"((first_stage_model|vae)\.)?loss\.": "a judge of the VAE's training",
+    r"model_ema\.": "the averaged copy, taken only when it is asked for",
+}  # fmt: skip
+
+
+def why_ignored(name: str) -> str | None:
+    """The reason why a tensor of a single file is not needed; None if it must find a place."""
+    return next((reason for pattern, reason in IGNORED.items() if re.match(pattern, name)), None)
+
+
+def averaged_name(name: str) -> str:
+    """LDM's name of a U-Net tensor -> that of its averaged copy (EMA), which has lost its dots."""
+    return "model_ema." + name.removeprefix("model.").replace(".", "")

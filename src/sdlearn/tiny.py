@@ -18,6 +18,7 @@ from tqdm import tqdm
 from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig
 from sdlearn.judge import Judge, JudgeTask, load_judge
 from sdlearn.pictures import to_image
+from sdlearn.saving import save_pipeline
 from sdlearn.scenes import SIZE
 from sdlearn.schedule import Schedule
 from sdlearn.tasks import CLIPTask, DenoiseTask, VAETask, latent_bank, scene_tokenizer
@@ -25,7 +26,7 @@ from sdlearn.tokenizer import Tokenizer
 from sdlearn.training import Recipe, Task, averaged_weights, fastest_precision, save_atomically, saved_recipe, train
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
-from sdlearn.weights import load_clip, load_text_encoder, load_unet, load_vae, save_clip, save_pipeline
+from sdlearn.weights import load_clip, load_text_encoder, load_unet, load_vae, save_clip
 
 SCHEDULE = Schedule()
 VAE_SIZES = VAEConfig(

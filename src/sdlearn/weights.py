@@ -1,18 +1,11 @@
-"""Checkpoint files <-> models: load strictly, save whole. Chapter 11.
+"""Checkpoint files <-> models: every format of Stable Diffusion 1, read strictly. Chapter 11.
 Exported from book/11_weights.ipynb by `make export`; edit it there.
 """
 
-import json
-import os
-import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from sdlearn.clip import CLIP, CLIPTextConfig, CLIPTextEncoder
 from sdlearn.config import (
@@ -20,121 +13,56 @@ from sdlearn.config import (
     clip_to_json,
     read_json,
     schedule_from_json,
-    schedule_to_json,
     text_from_json,
-    text_to_json,
     unet_from_json,
-    unet_to_json,
     vae_from_json,
-    vae_to_json,
 )
+from sdlearn.files import Tensors, json_writer, read_tensors, tensor_writer, write_files
+from sdlearn.fitting import empty, fit
+from sdlearn.hub import find_on_hub, is_hub_id
 from sdlearn.names import (
     CLIP_RULES,
-    LDM_IGNORED,
     LDM_PREFIXES,
+    OLD_VAE_RULES,
     VAE_RULES,
+    averaged_name,
     clip_name,
     ldm_unet_rules,
     ldm_vae_rules,
     recognise,
     rename,
     unet_rules,
+    why_ignored,
 )
+from sdlearn.saving import named, save_pipeline, save_single_file
 from sdlearn.schedule import Schedule
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
 
 __all__ = [
-    "fit",
-    "SkipInitialisation",
-    "empty",
-    "read_tensors",
     "FILES",
     "read_part",
     "load_text_encoder",
-    "OLD_VAE",
-    "load_vae",
     "load_unet",
+    "load_vae",
+    "fit_vae",
     "load_clip",
     "Parts",
     "load_folder",
+    "load_other_vae",
     "load_single_file",
     "load",
-    "write_files",
-    "json_writer",
-    "tensor_writer",
-    "save_pipeline",
+    "save",
     "save_clip",
 ]
 
-
-def fit(model: nn.Module, tensors: dict[str, Tensor], names: dict[str, str], source: str | Path,
-        dtype: torch.dtype | None = None) -> nn.Module:  # fmt: skip
-    """Put tensors under their names into a model on the meta device. Strict: the first misfit is named.
-
-    names: our name -> theirs, for all of the model's tensors. dtype None keeps what the file has.
-    """
-    wanted = {names[ours]: (ours, value.shape) for ours, value in model.state_dict().items()}
-    missing = [theirs for theirs in wanted if theirs not in tensors]
-    extra = [theirs for theirs in tensors if theirs not in wanted]
-    for which, left in {"lacks the tensor": missing, "has a tensor that no part of the model takes,": extra}.items():
-        if left:
-            more = f" and {len(left) - 1} more" if left[1:] else ""
-            raise ValueError(f"{source} {which} {left[0]}{more}: the file belongs to another model, or is damaged")
-    state = {}
-    for theirs, (ours, shape) in wanted.items():
-        tensor = tensors[theirs]
-        same = tensor.shape == shape or (tensor.ndim == 4 and tensor.shape == (*shape, 1, 1))  # a 1x1 convolution
-        if not same or not tensor.is_floating_point():
-            kind = f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
-            raise ValueError(f"{source}: {theirs} is {kind}, but the configuration wants floats in {tuple(shape)}")
-        state[ours] = tensor.reshape(shape).to(dtype or tensor.dtype)
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.eval()
-
-
-class SkipInitialisation(TorchFunctionMode):
-    """Numbers that are overwritten at once need not be drawn; on the meta device that would import half a compiler."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function.__name__ in ("normal_", "uniform_", "mul"):
-            return args[0] if args else kwargs["tensor"]
-        function = torch.empty if function is torch.randn else function
-        return function(*args, **(kwargs or {}))
-
-
-def empty(make: Callable[..., nn.Module], *config: object) -> nn.Module:
-    """A model without memory behind its tensors: only their shapes."""
-    with torch.device("meta"), SkipInitialisation():
-        return make(*config)
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a .safetensors file, or of a pickle (.ckpt, .bin, .pt), of which nothing is ever executed."""
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds more than tensors, or is damaged; take the .safetensors file instead") from None
-    except Exception as error:  # damaged bytes fail in many ways
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is not a readable checkpoint ({reason})") from None
-    for _ in range(9):  # a table may even hold itself
-        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, but named tensors are wanted")
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
-
-
 FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "model.fp16.safetensors",
-         "diffusion_pytorch_model.fp16.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin")  # fmt: skip
+         "diffusion_pytorch_model.fp16.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin",
+         "pytorch_model.fp16.bin", "diffusion_pytorch_model.fp16.bin")  # fmt: skip
 
 
-def read_part(folder: str | Path, part: str) -> tuple[dict, dict[str, Tensor], Path]:
+def read_part(folder: str | Path, part: str) -> tuple[dict, Tensors, Path]:
     """The config, the tensors and the file of one part (`unet`, `vae` ...) of a model folder."""
     here = Path(folder) / part
     if not here.is_dir():
@@ -143,35 +71,40 @@ def read_part(folder: str | Path, part: str) -> tuple[dict, dict[str, Tensor], P
     path = next((here / name for name in FILES if (here / name).is_file()), None)
     if path is None:
         raise ValueError(f"{here} holds no weights: {' or '.join(FILES[:2])} is wanted")
-    return config, {k: v for k, v in read_tensors(path).items() if not k.endswith("position_ids")}, path
+    return config, read_tensors(path).only(lambda name: not why_ignored(name)), path
 
 
-def load_text_encoder(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> CLIPTextEncoder:
-    """`folder`/text_encoder -> our text encoder, on the CPU."""
+def load_text_encoder(folder: str | Path, dtype: torch.dtype | None = torch.float32, **how: object) -> CLIPTextEncoder:
+    """`folder`/text_encoder -> our text encoder. how: device and layout, as `fit` takes them."""
     config, tensors, path = read_part(folder, "text_encoder")
-    tensors = {name.removeprefix("text_model."): value for name, value in tensors.items()}  # transformers 5 drops it
     model = empty(CLIPTextEncoder, text_from_json(config))
-    return fit(model, tensors, {name: rename(name, CLIP_RULES) for name in model.state_dict()}, path, dtype)
+    prefix = "text_model." if any(name.startswith("text_model.") for name in tensors) else ""  # transformers 5: none
+    return fit(model, tensors, {name: prefix + rename(name, CLIP_RULES) for name in model.state_dict()}, path, dtype,
+               **how)  # fmt: skip
 
 
-OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def load_vae(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> VAE:
-    """`folder`/vae -> our VAE, on the CPU."""
-    config, tensors, path = read_part(folder, "vae")
-    old = ((rf"(attentions\.0)\.({'|'.join(OLD_VAE)})\.", lambda match: f"{match[1]}.{OLD_VAE[match[2]]}."),)
-    model = empty(VAE, vae_from_json(config))
-    names = {name: rename(name, VAE_RULES) for name in model.state_dict()}
-    return fit(model, {rename(name, old): value for name, value in tensors.items()}, names, path, dtype)
-
-
-def load_unet(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> UNet:
-    """`folder`/unet -> our U-Net, on the CPU."""
+def load_unet(folder: str | Path, dtype: torch.dtype | None = torch.float32, **how: object) -> UNet:
+    """`folder`/unet -> our U-Net."""
     config, tensors, path = read_part(folder, "unet")
     model = empty(UNet, unet_from_json(config))
     rules = unet_rules(model.config)
-    return fit(model, tensors, {name: rename(name, rules) for name in model.state_dict()}, path, dtype)
+    return fit(model, tensors, {name: rename(name, rules) for name in model.state_dict()}, path, dtype, **how)
+
+
+def load_vae(folder: str | Path, dtype: torch.dtype | None = torch.float32, **how: object) -> VAE:
+    """`folder`/vae -> our VAE."""
+    config, tensors, path = read_part(folder, "vae")
+    return fit_vae(vae_from_json(config), tensors, path, dtype=dtype, **how)
+
+
+def fit_vae(config: VAEConfig, tensors: Tensors, path: Path, **how: object) -> VAE:
+    """A VAE under any of its names: CompVis', with or without a prefix, diffusers', and diffusers' old ones."""
+    prefix = next((p for p in ("first_stage_model.", "vae.") if any(name.startswith(p) for name in tensors)), "")
+    old = any(name.endswith(".query.weight") for name in tensors)
+    ldm = any(".mid." in name for name in tensors)
+    rules = ldm_vae_rules(config) if ldm else OLD_VAE_RULES if old else VAE_RULES
+    model = empty(VAE, config)
+    return fit(model, tensors, {name: prefix + rename(name, rules) for name in model.state_dict()}, path, **how)
 
 
 def load_clip(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> tuple[Tokenizer, CLIP]:
@@ -193,119 +126,97 @@ class Parts(NamedTuple):
     size: int = 512
 
 
-def load_folder(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> Parts:
-    """A model in diffusers' folder layout."""
+def load_folder(folder: str | Path, dtype: torch.dtype | None = torch.float32, vae: str | Path | None = None,
+                **how: object) -> Parts:  # fmt: skip
+    """A model in diffusers' folder layout. vae: another VAE in the place of its own."""
     folder = Path(folder)
     kind = read_json(folder / "model_index.json").get("_class_name", "")
     if not str(kind).startswith("StableDiffusion") or "XL" in kind or "3" in kind:
         raise ValueError(f"{folder} is a {kind}, but a StableDiffusionPipeline (SD 1) is wanted")
     schedule = schedule_from_json(read_json(folder / "scheduler" / "scheduler_config.json"))
-    unet, vae = load_unet(folder, dtype), load_vae(folder, dtype)
+    unet = load_unet(folder, dtype, **how)
+    own = None if vae is None else vae_from_json(read_json(folder / "vae" / "config.json"))
+    decoder = load_vae(folder, dtype, **how) if vae is None else load_other_vae(vae, own, dtype=dtype, **how)
     side = read_json(folder / "unet" / "config.json").get("sample_size") or 64
-    factor = 2 ** (len(vae.config.channels) - 1)
-    size = factor * (side if isinstance(side, int) else max(side))
-    return Parts(Tokenizer.load(folder / "tokenizer"), load_text_encoder(folder, dtype), vae, unet, schedule, size)
+    size = 2 ** (len(decoder.config.channels) - 1) * (side if isinstance(side, int) else max(side))
+    text_encoder = load_text_encoder(folder, dtype, **how)
+    return Parts(Tokenizer.load(folder / "tokenizer"), text_encoder, decoder, unet, schedule, size)
+
+
+def load_other_vae(path: str | Path, config: VAEConfig | None = None, **how: object) -> VAE:
+    """A VAE that stands alone: a file with CompVis' or diffusers' names, or a folder with its config.json."""
+    path = Path(path)
+    if path.is_dir():
+        part = "vae" if (path / "vae").is_dir() else "."
+        read, tensors, file = read_part(path, part)
+        return fit_vae(vae_from_json(read), tensors, file, **how)
+    tensors = read_tensors(path)
+    if (kind := recognise(tensors)) != "a VAE alone":
+        raise ValueError(f"{path} is {kind}, but a VAE alone is wanted: give its file, or a folder with a config.json")
+    return fit_vae(config or VAEConfig(), tensors.only(lambda name: not why_ignored(name)), path, **how)
 
 
 def load_single_file(path: str | Path, dtype: torch.dtype | None = torch.float32, text: CLIPTextConfig | None = None,
-                     vae: VAEConfig | None = None, unet: UNetConfig | None = None) -> Parts:  # fmt: skip
-    """An SD 1 checkpoint in one file, as CompVis' code saved it. Without configs, the sizes are those of SD 1.5."""
-    tensors = read_tensors(path)
+                     vae: VAEConfig | None = None, unet: UNetConfig | None = None, ema: bool = False,
+                     other_vae: str | Path | None = None, **how: object) -> Parts:  # fmt: skip
+    """An SD 1 checkpoint in one file, as CompVis' code saved it. Without configs, the sizes are those of SD 1.5.
+
+    ema: the averaged copy of the U-Net instead of the plain one. other_vae: a VAE in the place of the file's own.
+    """
+    tensors, path = read_tensors(path), Path(path)
     if (kind := recognise(tensors)) != "SD 1":
         raise ValueError(f"{path} is {kind}, but a whole SD 1 checkpoint is wanted")
-    tensors = {name: value for name, value in tensors.items() if not LDM_IGNORED.match(name)}
-    parts = {part: {k: tensors.pop(k) for k in [*tensors] if k.startswith(p)} for part, p in LDM_PREFIXES.items()}
-    if tensors:
-        raise ValueError(f"{path} has a tensor that no part takes, {min(tensors)}: it is not a plain SD 1 checkpoint")
-    text, vae, unet = text or CLIPTextConfig(), vae or VAEConfig(), unet or UNetConfig()
-    inner = "text_model." if any(".text_model." in name for name in parts["text"]) else ""
-    built = {}
-    for part, make, config, rules, prefix in (
-        ("unet", UNet, unet, ldm_unet_rules(unet), ""),
-        ("vae", VAE, vae, ldm_vae_rules(vae), ""),
-        ("text", CLIPTextEncoder, text, CLIP_RULES, inner),
-    ):
-        model = empty(make, config)
-        names = {name: LDM_PREFIXES[part] + prefix + rename(name, rules) for name in model.state_dict()}
-        built[part] = fit(model, parts[part], names, path, dtype)
-    return Parts(Tokenizer.clip(), built["text"], built["vae"], built["unet"], Schedule())
+    left = [name for name in tensors if not why_ignored(name) and not name.startswith(tuple(LDM_PREFIXES.values()))]
+    if left:
+        raise ValueError(f"{path} has a tensor that no part takes, {min(left)}: it is not a plain SD 1 checkpoint")
+    parts = {part: tensors.only(lambda name, prefix=prefix: name.startswith(prefix) and not why_ignored(name))
+             for part, prefix in LDM_PREFIXES.items()}  # fmt: skip
+    net, rules = empty(UNet, unet or UNetConfig()), ldm_unet_rules(unet or UNetConfig())
+    names = {name: LDM_PREFIXES["unet"] + rename(name, rules) for name in net.state_dict()}
+    if ema:
+        names = {ours: averaged_name(theirs) for ours, theirs in names.items()}
+        counters = ("model_ema.decay", "model_ema.num_updates")
+        parts["unet"] = tensors.only(lambda name: name.startswith("model_ema.") and name not in counters)
+        if not parts["unet"]:
+            raise ValueError(f"{path} has no averaged copy of its U-Net (EMA): load it without ema")
+    net = fit(net, parts["unet"], names, path, dtype, **how)
+    words = empty(CLIPTextEncoder, text or CLIPTextConfig())
+    inner = LDM_PREFIXES["text"] + ("text_model." if any(".text_model." in name for name in parts["text"]) else "")
+    words = fit(words, parts["text"], {name: inner + rename(name, CLIP_RULES) for name in words.state_dict()}, path,
+                dtype, **how)  # fmt: skip
+    own, how = vae or VAEConfig(), how | {"dtype": dtype}
+    decoder = fit_vae(own, parts["vae"], path, **how) if other_vae is None else load_other_vae(other_vae, own, **how)
+    return Parts(Tokenizer.clip(), words, decoder, net, Schedule())
 
 
-def load(path: str | Path, dtype: torch.dtype | None = torch.float32) -> Parts:
-    """A Stable Diffusion from a folder (diffusers' layout) or from one file (.safetensors, .ckpt)."""
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"there is no model at {path}: give a diffusers folder, or a .safetensors or .ckpt file")
-    return load_folder(path, dtype) if path.is_dir() else load_single_file(path, dtype)
+def load(path: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu",
+         layout: torch.memory_format = torch.preserve_format, ema: bool = False,
+         vae: str | Path | None = None) -> Parts:  # fmt: skip
+    """A Stable Diffusion from a folder in diffusers' layout, a .safetensors or .ckpt file, or OWNER/NAME on the hub.
 
-
-def write_files(files: dict[Path, Callable[[Path], object]]) -> None:
-    """Write every file beside its target first, then rename them all: a full disk or an interruption spoils nothing."""
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
-    try:
-        for path, write in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            parts[path].touch()
-            mode = parts[path].stat().st_mode  # what a new file has here; some writers would make it private
-            write(parts[path])
-            os.chmod(parts[path], mode)
-            with open(parts[path], "rb+") as file:
-                os.fsync(file.fileno())
-        for path, part in parts.items():
-            os.replace(part, path)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-
-
-def json_writer(content: dict) -> Callable[[Path], object]:
-    return lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def tensor_writer(model: nn.Module, name: Callable[[str], str], dtype: torch.dtype | None) -> Callable[[Path], object]:
-    tensors = {name(ours): x.detach().to("cpu", dtype).contiguous() for ours, x in model.state_dict().items()}
-    return lambda path: save_file(tensors, path, metadata={"format": "pt"})
-
-
-def save_pipeline(folder: str | Path, tokenizer: Tokenizer, text_encoder: CLIPTextEncoder, vae: VAE, unet: UNet,
-                  schedule: Schedule, dtype: torch.dtype | None = torch.float16, size: int = 128) -> None:  # fmt: skip
-    """Write a model in diffusers' layout, so that its StableDiffusionPipeline.from_pretrained(folder) reads it.
-
-    size: the side, in pixels, of the pictures that it was trained on.
+    dtype None: as in the file. layout: of convolutions. ema: the averaged copy of the U-Net, if a file has both.
+    vae: a file or folder with another VAE in the place of the model's own.
     """
-    folder, factor = Path(folder), 2 ** (len(vae.config.channels) - 1)
-    rules = unet_rules(unet.config)
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-    }
-    tokenizer.save(folder / "tokenizer")
-    write_files(
-        {
-            folder / "text_encoder" / "config.json": json_writer(text_to_json(text_encoder.config)),
-            folder / "text_encoder" / "model.safetensors": tensor_writer(
-                text_encoder, lambda name: "text_model." + rename(name, CLIP_RULES), dtype
-            ),
-            folder / "vae" / "config.json": json_writer(vae_to_json(vae.config, size)),
-            folder / "vae" / "diffusion_pytorch_model.safetensors": tensor_writer(
-                vae, lambda name: rename(name, VAE_RULES), dtype
-            ),
-            folder / "unet" / "config.json": json_writer(unet_to_json(unet.config, size // factor)),
-            folder / "unet" / "diffusion_pytorch_model.safetensors": tensor_writer(
-                unet, lambda name: rename(name, rules), dtype
-            ),
-            folder / "scheduler" / "scheduler_config.json": json_writer(schedule_to_json(schedule)),
-            folder / "model_index.json": json_writer(index),
-        }
-    )
+    path = Path(path)
+    if not path.exists() and not is_hub_id(str(path)):
+        raise ValueError(
+            f"there is no model at {path}: give a diffusers folder, a .safetensors or .ckpt file, or OWNER/NAME of one "
+            "on the Hugging Face hub"
+        )
+    path = path if path.exists() else find_on_hub(str(path))
+    if path.is_dir() and ema:
+        raise ValueError(f"{path} is a folder, which holds one copy of the U-Net: load it without ema")
+    if path.is_dir():
+        return load_folder(path, dtype, vae, device=device, layout=layout)
+    return load_single_file(path, dtype, ema=ema, other_vae=vae, device=device, layout=layout)
+
+
+def save(path: str | Path, parts: Parts, dtype: torch.dtype | None = torch.float16) -> None:
+    """One file with CompVis' names if the path ends in .safetensors or .ckpt, else a folder in diffusers' layout."""
+    if Path(path).suffix in (".safetensors", ".ckpt"):
+        save_single_file(path, parts.text_encoder, parts.vae, parts.unet, dtype)
+    else:
+        save_pipeline(path, *parts[:5], dtype=dtype, size=parts.size)
 
 
 def save_clip(folder: str | Path, clip: CLIP, dtype: torch.dtype | None = torch.float16) -> None:
@@ -319,6 +230,6 @@ def save_clip(folder: str | Path, clip: CLIP, dtype: torch.dtype | None = torch.
         {
             here / "config.json": json_writer(config),
             here / "preprocessor_config.json": json_writer({"image_processor_type": "CLIPImageProcessor"} | pixels),
-            here / "model.safetensors": tensor_writer(clip, clip_name, dtype),
+            here / "model.safetensors": tensor_writer(named(clip, clip_name), dtype),
         }
     )

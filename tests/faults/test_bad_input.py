@@ -112,7 +112,7 @@ def test_model_paths(refused, tmp_path):
     (tmp_path / "zero.safetensors").touch()
     save_file({"lora_unet_x.alpha": load_tensor()}, tmp_path / "lora.safetensors")
     reasons = {"nowhere": "there is no model", "": "--model is empty", "empty": "model_index.json is missing",
-               "notes.txt": "or is damaged", "zero.safetensors": "not a readable checkpoint",
+               "notes.txt": "is text, but a .safetensors or .ckpt file is wanted", "zero.safetensors": "is empty",
                "lora.safetensors": "is a LoRA"}  # fmt: skip
     for name, reason in reasons.items():
         assert reason in refused("txt2img", "a cat", "--model", name, "-o", "out"), name
@@ -140,7 +140,7 @@ def test_spoiled_tensors(refused, tmp_path, part, file):
     save_file(good | {name: load_tensor().expand(3, 3).contiguous()}, path)
     assert bare in (sentence := refused(*words)) and "(3, 3)" in sentence and str(tuple(good[name].shape)) in sentence
     path.write_bytes(b"rubbish")
-    assert "not a readable checkpoint" in refused(*words)
+    assert "is text, but a .safetensors or .ckpt file is wanted" in refused(*words)
     path.unlink()
     assert "holds no weights" in refused(*words)
 

@@ -329,6 +329,29 @@ def test_a_whole_folder(server, tmp_path):
         download("me/small-sd", tmp_path / "mine", server.endpoint)
 
 
+def test_a_model_of_the_hub_is_loaded_by_its_id(server, tmp_path, monkeypatch, capsys):
+    """Downloaded once; the disk is looked at first; a file is compared, and resumed."""
+    save_random_model(tmp_path / "theirs")
+    there = {name: (tmp_path / "theirs" / name).read_bytes() for name in listing(tmp_path / "theirs")}
+    server.repos["me/small-sd"] = there
+    monkeypatch.setattr(hub, "download", lambda what, folder: download(what, folder, server.endpoint))
+    monkeypatch.chdir(tmp_path)
+    draw = ["txt2img", "a cat", "--model", "me/small-sd", "--steps", "1", "-o", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 1000))
+        assert cli.main(draw) == 2
+        err = capsys.readouterr().err
+        assert "no model at me/small-sd, and from the hub:" in err and "has 1.00 kB free: give -o FOLDER" in err
+    server.break_after = [10]
+    assert weights.load("me/small-sd").size == 32 and "bytes=10-" in server.ranges
+    before = len(server.ranges)
+    server.status = 500, {}  # what is here needs no hub
+    assert cli.main(draw) == 0 and len(server.ranges) == before
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1
+    assert cli.main(["txt2img", "a cat", "--model", "me/other-sd", "-o", "out"]) == 2
+    assert "there is no model at me/other-sd, and from the hub: " in capsys.readouterr().err
+
+
 def test_what_is_chosen():
     def chosen(*names, file=""):
         return choose(Place("me/x", file), dict.fromkeys(names))

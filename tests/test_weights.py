@@ -7,25 +7,28 @@ import sys
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from random_model import SMALL_UNET, SMALL_VAE, random_parts, save_random_model
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel
 
-from sdlearn import files, weights
+from sdlearn import files, saving, weights
 from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig, CLIPTextEncoder
 from sdlearn.config import clip_to_json, text_to_json, unet_to_json, vae_to_json
 from sdlearn.names import (
     CLIP_RULES,
     LDM_PREFIXES,
+    OLD_VAE_RULES,
     VAE_RULES,
+    averaged_name,
     clip_name,
     ldm_unet_rules,
     ldm_vae_rules,
     recognise,
     rename,
     unet_rules,
+    why_ignored,
 )
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
@@ -188,6 +191,181 @@ def test_single_file_is_strict(tmp_path, model, single):
         save_file(tensors, path)
         with pytest.raises(ValueError, match=sentence):
             load_small(path, model[1])
+
+
+def test_every_tensor_of_a_file_is_taken_or_ignored_for_a_reason(model, single):
+    prefixes = tuple(LDM_PREFIXES.values())
+    taken = [name for name in single if not why_ignored(name)]
+    assert all(name.startswith(prefixes) for name in taken)
+    assert len(taken) == sum(len(network.state_dict()) for network in model[1][1:4])
+    ignored = {name: why_ignored(name) for name in single if why_ignored(name)}
+    assert len(ignored) == len(single) - len(taken) == 20
+    assert ignored["model_ema.decay"] == "the averaged copy, taken only when it is asked for"
+    assert ignored["sqrt_recipm1_alphas_cumprod"].startswith("a table of the noise schedule")
+    for name in (*taken, "surprise", "betas.more", "my_betas", "cond_stage_model.transformer.logit_scale"):
+        assert why_ignored(name) is None, name
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_averages_or_plain_weights(tmp_path, model, single, suffix):
+    path = tmp_path / f"sd.{suffix}"
+    parts = model[1]
+    plain = [name for name in single if name.startswith(LDM_PREFIXES["unet"])]
+    averages = {averaged_name(name): single[name] + 1 for name in plain}
+    assert "model_ema.diffusion_modelinput_blocks00weight" in averages and len(averages) == len(plain)
+    save_file(single | averages, path) if suffix == "safetensors" else torch.save(single | averages, path)
+    loaded = [weights.load_single_file(path, None, parts.text_encoder.config, SMALL_VAE, SMALL_UNET, ema)
+              for ema in (False, True)]  # fmt: skip
+    assert same(loaded[0].unet.state_dict(), parts.unet.state_dict())
+    assert same(loaded[1].unet.state_dict(), {name: x + 1 for name, x in parts.unet.state_dict().items()})
+    assert same(loaded[1].vae.state_dict(), parts.vae.state_dict())
+    save_file(
+        {k: v for k, v in (single | averages).items() if k != averaged_name(plain[3])}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(ValueError, match="lacks the tensor model_ema.diffusion_model"):
+        weights.load_single_file(
+            tmp_path / "a.safetensors", None, parts.text_encoder.config, SMALL_VAE, SMALL_UNET, True
+        )
+    save_file({k: v for k, v in single.items() if "ema" not in k}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="has no averaged copy of its U-Net .EMA.: load it without ema"):
+        weights.load(tmp_path / "b.safetensors", ema=True)
+    with pytest.raises(ValueError, match="is a folder, which holds one copy of the U-Net: load it without ema"):
+        weights.load(model[0], ema=True)
+
+
+VAE_NAMES = {  # how a stand-alone VAE may be written
+    "CompVis": ("", True), "CompVis in its place": ("first_stage_model.", True), "CompVis, short": ("vae.", True),
+    "diffusers": ("", False), "diffusers before 2023": ("", None), "folder": ("", False), "model": ("", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", VAE_NAMES)
+def test_another_vae(tmp_path, model, kind):
+    """A VAE that stands alone takes the place of the model's own, whatever its names."""
+    prefix, ldm = VAE_NAMES[kind]
+    rules = ldm_vae_rules(SMALL_VAE) if ldm else OLD_VAE_RULES if ldm is None else VAE_RULES
+    wanted = {name: x / 2 for name, x in model[1].vae.state_dict().items()}
+    tensors = {prefix + rename(name, rules): x for name, x in wanted.items()}
+    if ldm:
+        tensors = {n: x[:, :, None, None].clone() if ".attn_1." in n and x.ndim == 2 else x for n, x in tensors.items()}
+        tensors |= {f"{prefix}loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}
+    path = tmp_path / "vae.safetensors"
+    if kind in ("folder", "model"):
+        folder = tmp_path / ("vae" if kind == "model" else "my-vae")
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(vae_to_json(SMALL_VAE, 32)))
+        path = folder / "diffusion_pytorch_model.safetensors"
+    save_file(tensors, path)
+    given = {"folder": path.parent, "model": tmp_path}.get(kind, path)
+    loaded = weights.load(model[0], torch.float32, vae=given)
+    assert same(loaded.vae.state_dict(), wanted) and loaded.vae.config == SMALL_VAE
+    assert same(loaded.unet.state_dict(), model[1].unet.state_dict())
+    single = tmp_path / "sd.safetensors"
+    weights.save(single, model[1], dtype=None)
+    sizes = model[1].text_encoder.config, SMALL_VAE, SMALL_UNET
+    assert same(weights.load_single_file(single, None, *sizes, other_vae=given).vae.state_dict(), wanted)
+    with pytest.raises(
+        ValueError, match="is SD 1, but a VAE alone is wanted: give its file"
+    ):
+        weights.load(model[0], vae=single)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_single_file_is_read_as_it_was_written(tmp_path, model, suffix, dtype):
+    path = tmp_path / f"sd.{suffix}"
+    weights.save(path, model[1], dtype)
+    loaded = load_small(path, model[1])
+    for mine, theirs in zip(loaded[1:4], model[1][1:4], strict=True):
+        assert same(mine.state_dict(), {name: x.to(dtype) for name, x in theirs.state_dict().items()})
+    again = tmp_path / f"again.{suffix}"
+    weights.save(again, loaded, None)
+    assert files.read_tensors(again).keys() == files.read_tensors(path).keys()
+    assert same(files.read_tensors(again), files.read_tensors(path))
+    with pytest.raises(ValueError, match="does not say its format: give a name that ends in .safetensors or .ckpt"):
+        saving.save_single_file(tmp_path / "sd.bin", *model[1][1:4])
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_diffusers_reads_our_single_file(tmp_path, model, suffix):
+    path = tmp_path / f"sd.{suffix}"
+    weights.save(path, model[1], torch.float32)
+    pipe = StableDiffusionPipeline.from_single_file(
+        str(path), config=str(model[0]), local_files_only=True, torch_dtype=torch.float32, safety_checker=None
+    )
+    parts = model[1]
+    tokens = parts.tokenizer(["a red apple", ""])
+    with torch.no_grad():
+        context = parts.text_encoder(tokens)
+        assert (context - pipe.text_encoder(tokens).last_hidden_state).abs().max() <= 1e-4
+        x, t = torch.randn(2, 4, 4, 4), torch.tensor([981, 1])
+        assert (parts.unet(x, t, context) - pipe.unet(x, t, context).sample).abs().max() <= 1e-4
+        assert (parts.vae.decode(x) - pipe.vae.decode(x / SMALL_VAE.scale).sample).abs().max() <= 1e-4
+
+
+def test_tensors_stay_in_the_file_until_they_have_to_change(tmp_path, model):
+    for name in ("sd.safetensors", "sd.ckpt"):
+        weights.save(tmp_path / name, model[1], torch.float16)
+        tensors = files.read_tensors(tmp_path / name)
+        assert tensors.mapped == (sys.platform == "linux") and tensors.only(lambda name: "vae" in name).mapped
+    torch.save({"a": torch.ones(9)}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    assert not files.read_tensors(tmp_path / "old.ckpt").mapped
+    kept = load_small(tmp_path / "sd.safetensors", model[1]).unet
+    assert files.lies_in(kept.conv_in.weight, tmp_path / "sd.safetensors") == (sys.platform == "linux")
+    sizes = model[1].text_encoder.config, SMALL_VAE, SMALL_UNET
+    moved = weights.load_single_file(tmp_path / "sd.safetensors", None, *sizes, layout=torch.channels_last).unet
+    assert moved.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert same(moved.state_dict(), kept.state_dict())
+    nowhere = weights.load_single_file(tmp_path / "sd.safetensors", torch.float32, *sizes, device="meta")
+    assert all(x.device.type == "meta" for network in nowhere[1:4] for x in network.state_dict().values())
+
+
+PEAK = """
+import re, sys, torch
+from pathlib import Path
+from sdlearn import weights
+def now(key): return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+path, dtype, layout = Path(sys.argv[1]), getattr(torch, sys.argv[2], None), getattr(torch, sys.argv[3])
+weights.load(path.parent / "small", dtype)  # what is imported and set up once is no part of the measure
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+before = now("VmRSS")
+unet = weights.load_unet(path, dtype, layout=layout)
+need = sum(x.nbytes for x in unet.parameters())
+print((now("VmHWM") - before) / need)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_memory_at_its_peak_is_that_of_the_weights(tmp_path, form):
+    """All of it counts, also the pages of a mapped file: at most 1.15 x the weights as they are wanted."""
+    big = UNetConfig((128, 256, 320), (True, True, False), (4, 8, 8), blocks=2, context_width=256)
+    unet = weights.empty(UNet, big)
+    unet.load_state_dict({n: torch.full(x.shape, 0.5) for n, x in unet.state_dict().items()}, assign=True)
+    assert sum(x.numel() for x in unet.parameters()) > 30e6
+    save_random_model(tmp_path / "small")
+    for held in (torch.float32, torch.float16):
+        here = tmp_path / str(held).removeprefix("torch.") / "unet"
+        here.mkdir(parents=True)
+        (here / "config.json").write_text(json.dumps(unet_to_json(big, 64)))
+        tensors = {rename(n, unet_rules(big)): x.to(held) for n, x in unet.state_dict().items()}
+        if form == "bin":
+            torch.save(tensors, here / "diffusion_pytorch_model.bin")
+        else:
+            save_file(tensors, here / "diffusion_pytorch_model.safetensors")
+    cases = [("float32", "bfloat16", "preserve_format"), ("float16", "float32", "channels_last"),
+             ("float32", "None", "preserve_format"), ("float16", "float16", "channels_last")]  # fmt: skip
+    for held, wanted, layout in cases:
+        command = [sys.executable, "-c", PEAK, str(tmp_path / held), wanted, layout]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert 0.2 < float(result.stdout) <= 1.15, (form, held, wanted, layout, result.stdout)
+
+
+def test_a_model_of_the_hub_is_looked_for_here_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parts = save_random_model(tmp_path / "checkpoints" / "small-sd")
+    assert same(weights.load("some-one/small-sd").unet.state_dict(), parts.unet.state_dict())
 
 
 def test_sizes_default_to_sd_1_5(tmp_path, single):

@@ -136,7 +136,7 @@ def clip_name(name: str) -> str:
 
 
 SIGNS = {  # a pattern in the names of the tensors -> what the file is; the first that occurs decides
-    r"lora_|\.lora|\.hada_w1|\.lokr_w1": "a LoRA (chapter 15)",
+    r"lora_|[._]lora\.|\.hada_w1|\.lokr_w1": "a LoRA (chapter 15)",
     r"^control_model\.|^controlnet_|^input_hint_block\.": "a ControlNet (chapter 16)",
     r"^conditioner\.embedders\.": "an SDXL model (chapter 17)",
     r"^cond_stage_model\.model\.": "an SD 2 model",

@@ -13,14 +13,17 @@ import zipfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoint_files import header
 from PIL import Image
-from random_model import save_random_model
+from random_model import random_parts, save_random_model
+from safetensors.torch import load_file, save_file
 
-from sdlearn import cli, weights
+from sdlearn import cli, files, fitting, weights
+from sdlearn.headers import human
 from sdlearn.pipeline import StableDiffusion
 
 SMALL = {"lora_unet_x.lora_down.weight": (4, 3), "lora_unet_x.lora_up.weight": (3, 4)}
@@ -226,6 +229,124 @@ def test_load(tmp_path, fault):
     assert str(again.value) == said
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4", "ignore:'torch.load' received a zip file that looks")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_draw_with_it(refused, tmp_path, fault):
+    """The way that a reader takes. What a header shows is said in the same words by every command."""
+    name, make, _ = FAULTS[fault]
+    make(tmp_path / name)
+    assert refused("txt2img", "a cat", "--model", name, "-o", "out") == refused("inspect", name)
+
+
+OTHER_MODELS = {  # tensors of a sound file -> what is said of it
+    "LoRA of kohya": (SMALL, "x.safetensors is a LoRA (chapter 15), but a whole SD 1 checkpoint is wanted"),
+    "LoRA of diffusers": ({"unet.x.lora_A.weight": (4, 3), "unet.x.lora_B.weight": (3, 4)}, "is a LoRA (chapter 15)"),
+    "LoRA of attention processors": ({"unet.x.processor.to_q_lora.down.weight": (4, 3)}, "is a LoRA (chapter 15)"),
+    "LoHa": ({"lycoris_x.hada_w1_a": (4, 3)}, "is a LoRA (chapter 15)"),
+    "LoKr": ({"lycoris_x.lokr_w1": (4, 3)}, "is a LoRA (chapter 15)"),
+    "ControlNet": ({"control_model.input_hint_block.0.bias": (1,)}, "is a ControlNet (chapter 16)"),
+    "bare ControlNet": ({"input_hint_block.0.bias": (1,)}, "is a ControlNet (chapter 16)"),
+    "ControlNet of diffusers": ({"controlnet_down_blocks.0.bias": (1,)}, "is a ControlNet (chapter 16)"),
+    "textual inversion": ({"emb_params": (8, 768)}, "is a textual inversion"),
+    "textual inversion of diffusers": ({"<cat-toy>": (768,)}, "is a textual inversion"),
+    "SD 2": ({"cond_stage_model.model.ln_final.bias": (1,), "model.diffusion_model.x": (1,)}, "is an SD 2 model"),
+    "SDXL": ({"conditioner.embedders.0.x": (1,), "model.diffusion_model.x": (1,)}, "is an SDXL model (chapter 17)"),
+    "U-Net alone": ({"model.diffusion_model.out.2.bias": (4,)}, "is a U-Net without a text encoder"),
+    "U-Net of a folder": ({"down_blocks.0.x": (1,), "up_blocks.0.x": (1,)}, "is one part of a diffusers folder"),
+    "VAE": ({"encoder.mid.attn_1.q.weight": (1, 1, 1, 1)}, "is a VAE alone"),
+    "VAE of diffusers": ({"decoder.mid_block.attentions.0.to_q.weight": (1, 1)}, "is a VAE alone"),
+    "judge": ({"classifier.weight": (10, 3)}, "is unknown, but a whole SD 1 checkpoint is wanted"),
+}
+
+
+@pytest.mark.parametrize("fault", OTHER_MODELS)
+def test_draw_with_another_kind_of_file(refused, tmp_path, fault):
+    shapes, sentence = OTHER_MODELS[fault]
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "x.safetensors")
+    assert sentence in refused("txt2img", "a cat", "--model", "x.safetensors", "-o", "out")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers(refused, tmp_path, part, value):
+    save_random_model(tmp_path / "model", torch.float16)
+    path = next((tmp_path / "model" / part).glob("*.safetensors"))
+    tensors = load_file(path)
+    name = sorted(tensors)[-1]
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path)
+    said = refused("txt2img", "a cat", "--model", "model", "-o", "out")
+    wanted = "holds NaN or infinite numbers: the file is spoiled, take another copy"
+    assert f"{path.relative_to(tmp_path)}: {name} {wanted}" in said
+
+
+def test_weights_that_16_bits_cannot_hold(tmp_path):
+    save_random_model(tmp_path / "model")
+    path = tmp_path / "model" / UNET
+    tensors = load_file(path)
+    tensors["conv_in.bias"][0] = 70_000
+    save_file(tensors, path)
+    assert weights.load(tmp_path / "model", torch.bfloat16)
+    with pytest.raises(ValueError, match="conv_in.bias has numbers too large for float16: take another --dtype"):
+        weights.load(tmp_path / "model", torch.float16)
+
+
+def test_not_enough_memory(refused, tmp_path, monkeypatch):
+    """Said before anything is read, where it can be known."""
+    save_random_model(tmp_path / "model", torch.float16)
+    parts = weights.load(tmp_path / "model", None)
+    need = sum(x.nbytes for x in parts.unet.parameters())
+    monkeypatch.setattr(fitting, "free_memory", lambda device: need - 1)
+    said = refused("txt2img", "a cat", "--model", "model", "-o", "out")
+    assert f"{UNET} needs {human(need)} of memory, but only {human(need - 1)} are free: close other programs" in said
+    with pytest.raises(ValueError, match=f"needs {human(2 * need)} of memory"):
+        weights.load(tmp_path / "model", torch.float32)
+    monkeypatch.setattr(fitting, "free_memory", lambda device: 2 * need)
+    assert weights.load(tmp_path / "model", torch.float32)
+    monkeypatch.setattr(fitting, "free_memory", lambda device: None)  # a machine that does not tell
+    assert weights.load(tmp_path / "model", torch.float32)
+
+
+def test_memory_is_exhausted_all_the_same(refused, tmp_path, monkeypatch):
+    def exhausted(*args, **kwargs):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: not enough memory")
+
+    save_random_model(tmp_path / "model")
+    monkeypatch.setattr(fitting, "check_numbers", exhausted)
+    assert "sdlearn: not enough memory" in refused("txt2img", "a cat", "--model", "model", "-o", "out")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model.ckpt", "folder"])
+def test_no_disk_to_write_on(tmp_path, monkeypatch, file):
+    """Known before, or met on the way: what was there is still whole, and nothing half is left."""
+    parts, _ = random_parts()
+    (tmp_path / "old").write_text("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(ValueError, match=r"has 1.00 kB free, but .* are to be written: make room"):
+            weights.save(tmp_path / file, parts)
+    for name in ("save_file", "torch.save"):
+
+        def fill(tensors, path, **more):
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(path))
+
+        monkeypatch.setattr(f"sdlearn.files.{name}", fill)
+    with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\): make room on the disk"):
+        weights.save(tmp_path / file, parts)
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "tokenizer"]
+    assert left == ["old"]
+
+
+def test_a_path_or_a_model_of_the_hub(refused, tmp_path):
+    (tmp_path / "models").mkdir()
+    for path in ("nowhere", "models/nowhere", "x.ckpt", "some/x.safetensors", "a/b/c", "../up", "/none/there"):
+        said = refused("txt2img", "a cat", "--model", path, "-o", "out")
+        assert f"there is no model at {path}: give a diffusers folder, a .safetensors or .ckpt file, or OWNER/" in said
+    said = refused("txt2img", "a cat", "--model", "some-one/some-model", "-o", "out")
+    assert "there is no model at some-one/some-model, and from the hub: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE" in said
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A good model folder: name -> bytes."""
@@ -266,6 +387,7 @@ def test_folders(refused, tmp_path, model, fault):
         with pytest.raises(ValueError, match="model") as error:
             weights.load(Path("model"))
         assert "\n" not in str(error.value)
+        assert refused("txt2img", "a cat", "--model", "model", "-o", "out") == f"sdlearn: {error.value}\n"
 
 
 def test_paths(refused, tmp_path):

@@ -278,6 +278,8 @@ def test_a_single_file_is_read_as_it_was_written(tmp_path, model, suffix, dtype)
     loaded = load_small(path, model[1])
     for mine, theirs in zip(loaded[1:4], model[1][1:4], strict=True):
         assert same(mine.state_dict(), {name: x.to(dtype) for name, x in theirs.state_dict().items()})
+    for name in ("q", "k", "v", "proj_out"):  # which CompVis' own code loads strictly
+        assert files.read_tensors(path)[f"first_stage_model.decoder.mid.attn_1.{name}.weight"].shape[2:] == (1, 1)
     again = tmp_path / f"again.{suffix}"
     weights.save(again, loaded, None)
     assert files.read_tensors(again).keys() == files.read_tensors(path).keys()

@@ -2,6 +2,7 @@
 Exported from book/11_weights.ipynb by `make export`; edit it there.
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,7 @@ __all__ = [
     "FILES",
     "read_part",
     "load_text_encoder",
+    "fit_text",
     "load_unet",
     "load_vae",
     "fit_vae",
@@ -52,6 +54,8 @@ __all__ = [
     "load_folder",
     "load_other_vae",
     "load_single_file",
+    "averages",
+    "fit_ldm_unet",
     "load",
     "save",
     "save_clip",
@@ -77,10 +81,17 @@ def read_part(folder: str | Path, part: str) -> tuple[dict, Tensors, Path]:
 def load_text_encoder(folder: str | Path, dtype: torch.dtype | None = torch.float32, **how: object) -> CLIPTextEncoder:
     """`folder`/text_encoder -> our text encoder. how: device and layout, as `fit` takes them."""
     config, tensors, path = read_part(folder, "text_encoder")
-    model = empty(CLIPTextEncoder, text_from_json(config))
-    prefix = "text_model." if any(name.startswith("text_model.") for name in tensors) else ""  # transformers 5: none
-    return fit(model, tensors, {name: prefix + rename(name, CLIP_RULES) for name in model.state_dict()}, path, dtype,
-               **how)  # fmt: skip
+    return fit_text(text_from_json(config), tensors, path, dtype=dtype, **how)
+
+
+def fit_text(config: CLIPTextConfig, tensors: Tensors, path: Path, **how: object) -> CLIPTextEncoder:
+    """A text encoder under transformers' names, with CompVis' prefix or without, with `text_model.` or without."""
+    prefix = ""
+    for more in (LDM_PREFIXES["text"], "text_model."):
+        prefix += more if any(name.startswith(prefix + more) for name in tensors) else ""
+    model = empty(CLIPTextEncoder, config)
+    names = {name: prefix + rename(name, CLIP_RULES) for name in model.state_dict()}
+    return fit(model, tensors, names, path, **how)
 
 
 def load_unet(folder: str | Path, dtype: torch.dtype | None = torch.float32, **how: object) -> UNet:
@@ -171,22 +182,29 @@ def load_single_file(path: str | Path, dtype: torch.dtype | None = torch.float32
         raise ValueError(f"{path} has a tensor that no part takes, {min(left)}: it is not a plain SD 1 checkpoint")
     parts = {part: tensors.only(lambda name, prefix=prefix: name.startswith(prefix) and not why_ignored(name))
              for part, prefix in LDM_PREFIXES.items()}  # fmt: skip
-    net, rules = empty(UNet, unet or UNetConfig()), ldm_unet_rules(unet or UNetConfig())
-    names = {name: LDM_PREFIXES["unet"] + rename(name, rules) for name in net.state_dict()}
-    if ema:
-        names = {ours: averaged_name(theirs) for ours, theirs in names.items()}
-        counters = ("model_ema.decay", "model_ema.num_updates")
-        parts["unet"] = tensors.only(lambda name: name.startswith("model_ema.") and name not in counters)
-        if not parts["unet"]:
-            raise ValueError(f"{path} has no averaged copy of its U-Net (EMA): load it without ema")
-    net = fit(net, parts["unet"], names, path, dtype, **how)
-    words = empty(CLIPTextEncoder, text or CLIPTextConfig())
-    inner = LDM_PREFIXES["text"] + ("text_model." if any(".text_model." in name for name in parts["text"]) else "")
-    words = fit(words, parts["text"], {name: inner + rename(name, CLIP_RULES) for name in words.state_dict()}, path,
-                dtype, **how)  # fmt: skip
-    own, how = vae or VAEConfig(), how | {"dtype": dtype}
+    how |= {"dtype": dtype}
+    net = fit_ldm_unet(unet or UNetConfig(), parts["unet"] if not ema else averages(tensors, path), path, ema, **how)
+    words = fit_text(text or CLIPTextConfig(), parts["text"], path, **how)
+    own = vae or VAEConfig()
     decoder = fit_vae(own, parts["vae"], path, **how) if other_vae is None else load_other_vae(other_vae, own, **how)
     return Parts(Tokenizer.clip(), words, decoder, net, Schedule())
+
+
+def averages(tensors: Tensors, path: Path) -> Tensors:
+    """The averaged copy of the U-Net, without its two counters."""
+    found = tensors.only(lambda name: re.match(r"model_ema\.(?!decay$|num_updates$)", name))
+    if not found:
+        raise ValueError(f"{path} has no averaged copy of its U-Net (EMA): load it without ema")
+    return found
+
+
+def fit_ldm_unet(config: UNetConfig, tensors: Tensors, path: Path, ema: bool, **how: object) -> UNet:
+    """The U-Net of a single file, or its averaged copy."""
+    model, rules = empty(UNet, config), ldm_unet_rules(config)
+    names = {name: LDM_PREFIXES["unet"] + rename(name, rules) for name in model.state_dict()}
+    if ema:
+        names = {ours: averaged_name(theirs) for ours, theirs in names.items()}
+    return fit(model, tensors, names, path, **how)
 
 
 def load(path: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu",

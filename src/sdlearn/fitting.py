@@ -6,7 +6,7 @@ import ctypes
 import math
 import mmap
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -36,9 +36,8 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str
     names: our name -> theirs, for all of the model's tensors. dtype None keeps what the file has. layout: that of
     convolutions, such as torch.channels_last. Tensors of a mapped file stay in it unless they have to change.
     """
-    places = {ours: names[ours] for ours in model.state_dict()}
-    check_names(tensors, places.values(), source)
-    wanted = [(ours, theirs, model.state_dict()[ours].shape) for ours, theirs in places.items()]
+    wanted = [(ours, names[ours], value.shape) for ours, value in model.state_dict().items()]
+    check_names(tensors, [theirs for _, theirs, _ in wanted], source)
     for _, theirs, shape in wanted:
         check_shape(tensors[theirs], theirs, shape, source)
     check_memory(sum(shape.numel() * (dtype or tensors[theirs].dtype).itemsize for _, theirs, shape in wanted),
@@ -56,7 +55,7 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str
     return model.eval()
 
 
-def check_names(tensors: Mapping[str, Tensor], wanted: Collection[str], source: str | Path) -> None:
+def check_names(tensors: Mapping[str, Tensor], wanted: Sequence[str], source: str | Path) -> None:
     """Nothing is missing, and nothing is left over."""
     missing = [name for name in wanted if name not in tensors]
     extra = sorted(tensors.keys() - set(wanted))

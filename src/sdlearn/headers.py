@@ -259,6 +259,8 @@ def read_zip(path: Path, file: BinaryIO) -> Header:
         entry = entries.get(f"{root}data/{key}")
         if entry is None or entry.file_size < size:
             raise damaged(path, f"it lacks the numbers of the storage {clean(key)}")
+        if entry.compress_type != zipfile.ZIP_STORED:  # then its bytes are not the numbers
+            raise ValueError(f"{path} was packed a second time, after torch wrote it: take another copy")
     return named_tensors(path, ".ckpt", content, reader)
 
 

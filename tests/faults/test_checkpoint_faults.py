@@ -87,13 +87,13 @@ def tar(path: Path) -> None:
         archive.addfile(tarfile.TarInfo("model.ckpt"), io.BytesIO())
 
 
-def repacked(drop: str) -> Maker:
-    """A checkpoint of torch whose storages are missing."""
+def repacked(drop: str, method: int = zipfile.ZIP_STORED) -> Maker:
+    """A checkpoint of torch of which a part is missing, or which was compressed."""
 
     def make(path: Path) -> None:
         buffer = io.BytesIO()
         torch.save({"w": torch.ones(100)}, buffer)
-        with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, "w") as new:
+        with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, "w", method) as new:
             for name in old.namelist():
                 if drop not in name:
                     new.writestr(name, old.read(name))
@@ -159,6 +159,7 @@ FAULTS: dict[str, tuple[str, Maker, str]] = {  # what is wrong -> the file's nam
     "truncated pickle": ("x.ckpt", cut(GOOD, 0.7), "is damaged, or cut off"),
     "truncated old pickle": ("x.ckpt", cut(OLD, 0.8), "is damaged, it has"),
     "missing storage": ("x.ckpt", repacked("data/0"), "it lacks the numbers of the storage 0"),
+    "packed again": ("x.ckpt", repacked("nothing", zipfile.ZIP_DEFLATED), "was packed a second time, after torch"),
     "missing pickle": ("x.ckpt", repacked("data.pkl"), "is a zip archive, but holds no checkpoint: unpack it"),
     "pickle that acts": ("x.ckpt", saved({"w": torch.ones(1), "x": Acts()}), "system); nothing of it was run"),
     "plain pickle that acts": ("x.ckpt", write(pickle.dumps(Acts())), "nothing of it was run"),

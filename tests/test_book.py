@@ -162,8 +162,8 @@ def test_a_chapter_is_small(path):
     assert path.stat().st_size < 1_000_000
 
 
-def test_all_thirteen_chapters_are_looked_at():
-    assert [path.name[:2] for path in CHAPTERS] == [f"{i:02d}" for i in range(13)]
+def test_all_chapters_are_looked_at():
+    assert [path.name[:2] for path in CHAPTERS] == [*(f"{i:02d}" for i in range(13)), "19"]
 
 
 # Links between the pages, and from README and CONTRIBUTING.

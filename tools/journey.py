@@ -53,8 +53,8 @@ def stage(chapters: tuple[str, ...], words: str, x: int, y: int, width: int, lit
 
 
 def journey(chapter: str) -> str:
-    """The figure of one chapter; 00 and 12 light all of it."""
-    whole = chapter in ("00", "12")
+    """The figure of one chapter; 00, 12 and 19 light all of it."""
+    whole = chapter in ("00", "12", "19")
     parts = [stage(*s, lit=whole or chapter in s[0]) for s in STAGES]
     parts += [
         f'<text x="{x}" y="{y}" text-anchor="middle" font-style="italic">{words}</text>' for words, x, y in THINGS
@@ -187,7 +187,8 @@ def map_page() -> str:
 
 
 def main() -> int:
-    texts = {f"journey-{number:02d}.svg": journey(f"{number:02d}") for number in range(13)} | {"map.html": map_page()}
+    chapters = [f"{number:02d}" for number in (*range(13), 19)]
+    texts = {f"journey-{chapter}.svg": journey(chapter) for chapter in chapters} | {"map.html": map_page()}
     there = {path.name: path.read_text("utf-8") for path in FOLDER.iterdir() if path.name in texts}
     stale = [name for name, text in texts.items() if there.get(name) != text]
     if "--check" in sys.argv:

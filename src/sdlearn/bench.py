@@ -49,7 +49,7 @@ pipe({prompt!r}, num_inference_steps=1, output_type="latent", width={size}, heig
 """
 TINY = """
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained({path!r}, safety_checker=None)
+pipe = StableDiffusionPipeline.from_pretrained({path!r}, dtype=torch.float32, safety_checker=None)
 pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
 pipe.set_progress_bar_config(disable=True)
 pipe({prompt!r}, num_inference_steps=50, width=128, height=128).images[0].save({output!r})

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from random_model import SMALL_UNET, SMALL_VAE, random_parts
 from torch import nn
 
@@ -59,9 +60,23 @@ def test_keys_and_values_of_a_context_are_computed_once():
     fast.to_k.register_forward_hook(lambda *call: calls.append(1))
     words, others = torch.randn(2, 5, 12), torch.randn(2, 5, 12)
     with torch.no_grad():
-        for context in (words, words, words, others, others):
+        for context in (words, words, words, others, others, words, others):  # two passes take turns
             fast(torch.randn(2, 9, 16), context)
-    assert len(calls) == 2
+        assert len(calls) == 2
+        for context in (torch.randn(2, 5, 12), others, words):  # a third drives out the one computed first
+            fast(torch.randn(2, 9, 16), context)
+        assert len(calls) == 4
+
+
+@pytest.mark.parametrize("two_passes, contexts", [(False, 1), (True, 2)])
+def test_a_whole_drawing_computes_the_words_once_for_each_context(two_passes, contexts):
+    parts, _ = random_parts()
+    sd, calls = StableDiffusion(*parts, device="cpu", fast=True), []
+    layers = [part for name, part in sd.unet.named_modules() if name.endswith("attn2.to_k")]
+    for part in layers:
+        part.register_forward_hook(lambda *call: calls.append(1))
+    sd.txt2img("a cat", steps=4, seed=0, two_passes=two_passes)
+    assert len(calls) == contexts * len(layers)
 
 
 def test_a_faster_network_says_the_same_and_keeps_its_names(monkeypatch):
@@ -182,7 +197,23 @@ def test_nothing_is_made_on_another_device_than_the_one_asked_for():
     for network in (sd.text_encoder, sd.vae, sd.unet):
         network.to("meta")
     with Elsewhere() as elsewhere:
-        *_, drawing = sd.steps("a cat", steps=3, seed=0, n=2)
-    assert drawing.latents.device.type == drawing.x0.device.type == "meta"
+        *_, drawing = sd.steps("a cat", steps=3, seed=0, n=2, guided_times=(300, 900), two_passes=True)
+        decoded = sd.codec().decode(drawing.latents)
+    assert {x.device.type for x in (drawing.latents, drawing.x0, decoded)} == {"meta"}
     noise = {(2, 4, 4, 4), (4, 4, 4), (1, 4, 4, 4)}
-    assert elsewhere.sizes <= noise | {(1, 77), (3,), (1000,)}, elsewhere.sizes
+    expected = noise | {(1, 77), (3,), (1000,)}
+    assert elsewhere.sizes <= expected, elsewhere.sizes
+    elsewhere.sizes.clear()
+    with elsewhere:
+        *_, drawing = sd.steps("a cat", steps=3, seed=0, image=Image.new("RGB", (32, 32)), strength=0.9)
+    assert drawing.latents.device.type == "meta"
+    given = {size for size in elsewhere.sizes if sorted(size[-3:]) == [3, 32, 32]}  # the picture on its way in
+    assert elsewhere.sizes - given <= expected | {(2,)}, elsewhere.sizes
+
+    def fault(part, inputs, output):
+        torch.zeros(7, 7)
+
+    sd.unet.conv_in.register_forward_hook(fault)
+    with elsewhere:
+        next(sd.steps("a cat", steps=3, seed=0))
+    assert (7, 7) in elsewhere.sizes

@@ -40,29 +40,33 @@ def sliced_attention(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK) -> Ten
 class FastAttention(Attention):
     """`Attention` for drawing: in slices where that is faster, and the words' keys and values computed only once.
 
-    It shares the weights of the attention that it replaces. A context is recognised by being the same tensor, so the
-    keys and values of the last one are kept until another comes.
+    It shares the weights of the attention that it replaces. A context is recognised by being the same tensor; the keys
+    and values of the last two are kept, since guidance in two passes takes turns between two.
     """
 
     def __init__(self, attention: Attention, sliced: bool):
         nn.Module.__init__(self)
-        self.heads, self.sliced, self.known = attention.heads, sliced, (None, None, None)
+        self.heads, self.sliced, self.known = attention.heads, sliced, []
         for name, part in attention.named_children():
             setattr(self, name, part)
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
 
+    def words(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Its keys and values, computed at the first time."""
+        for known, *both in self.known:
+            if known is context:
+                return tuple(both)
+        both = self.keys_and_values(context)
+        self.known = [(context, *both), *self.known[:1]]
+        return both
+
     def forward(self, x: Tensor, context: Tensor | None = None, causal: bool = False) -> Tensor:
         if causal:
             return super().forward(x, context, causal)
         q = self.split_heads(self.to_q(x))
-        if context is None:
-            k, v = self.keys_and_values(x)
-        else:
-            if self.known[0] is not context:
-                self.known = (context, *self.keys_and_values(context))
-            k, v = self.known[1:]
+        k, v = self.keys_and_values(x) if context is None else self.words(context)
         large = self.sliced and q.shape[2] * k.shape[2] >= LARGE
         y = sliced_attention(q, k, v) if large else F.scaled_dot_product_attention(q, k, v)
         return self.to_out(y.transpose(1, 2).flatten(2))

@@ -85,7 +85,8 @@ def journey(chapter: str) -> str:
 # --- the map to click
 NAMES = {
     "00": "The journey", "01": "Tokenizer", "02": "Attention", "03": "CLIP", "04": "Scenes", "05": "VAE", "06": "Time",
-    "07": "U-Net", "08": "Sampler", "09": "Training", "10": "Guidance", "11": "Weights", "12": "Pipeline", "19": "Speed",
+    "07": "U-Net", "08": "Sampler", "09": "Training", "10": "Guidance", "11": "Weights", "12": "Pipeline",
+    "19": "Speed",
 }  # fmt: skip
 SPOKEN = {
     "00": "The journey: the whole way on one page", "12": "Pipeline: the whole way in one class",

@@ -49,7 +49,7 @@ pipe({prompt!r}, num_inference_steps=1, output_type="latent", width={size}, heig
 """
 TINY = """
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained({path!r}, safety_checker=None)
+pipe = StableDiffusionPipeline.from_pretrained({path!r}, dtype=torch.float32, safety_checker=None)
 pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
 pipe.set_progress_bar_config(disable=True)
 pipe({prompt!r}, num_inference_steps=50, width=128, height=128).images[0].save({output!r})
@@ -132,7 +132,9 @@ def networks(folder: Path, device: torch.device, dtype: torch.dtype, size: int, 
              compiled: bool) -> list[Row]:  # fmt: skip
     """One call of each network, eager and, if wanted, compiled."""
     from diffusers import StableDiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     sd = StableDiffusion.load(folder, device, dtype, fast=True)
     pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, safety_checker=None).to(device)
     pipe.unet.to(memory_format=torch.channels_last)
@@ -228,7 +230,6 @@ def main(args: argparse.Namespace) -> None:
     parts, device, dtype = args.parts or list(PARTS), pick_device(args.device), DTYPES[args.dtype]
     torch.set_num_threads(args.threads)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what libraries tell would stand in the table's way
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     about = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     about |= {"device": f"{device} ({name})", "threads": str(args.threads), "dtype": args.dtype, "size": str(args.size)}

@@ -358,4 +358,4 @@ class HintedTask(DenoiseTask):
         surprise = sum(F.cross_entropy(said, labels, reduction="none") for said, labels in answers).mean(dim=1)  # (B,)
         t = batch["t"]
         hint = (self.weights[t] / self.often.to(t.device)[t] * surprise).mean()  # words are needed at strong noise
-        return losses | {"loss": losses["loss"] + self.hint * hint, "hint": hint}
+        return losses | {"loss": losses["loss"] + self.hint * hint, "weighted": losses["loss"], "hint": hint}

@@ -38,7 +38,7 @@ class Guided:
             raise ValueError(f"guidance scale is {scale}; give a finite number, 0 or more (up to 1 is off)")
         if not 0 <= rescale <= 1:
             raise ValueError(f"guidance rescale is {rescale}; give a number from 0 (off) to 1 (full)")
-        if len(times) != 2 or not 0 <= times[0] < times[1]:
+        if not isinstance(times, tuple | list) or len(times) != 2 or not 0 <= times[0] < times[1]:
             raise ValueError(f"guidance times are {times}; give two, the lower first, such as (0, 1000) for all")
         self.unet, self.scale, self.phi, self.batch = unet, scale, rescale, len(context)
         self.context, self.times, self.contexts = context, times, ()

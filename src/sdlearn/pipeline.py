@@ -7,7 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from PIL import Image
@@ -32,6 +32,7 @@ __all__ = [
     "seeds",
     "check_fit",
     "PromptCut",
+    "Placement",
     "Networks",
     "Drawing",
     "last",
@@ -92,10 +93,10 @@ class PromptCut(UserWarning):
     """A prompt is longer than the text encoder can read."""
 
 
-class Networks:
-    """The three networks: where they live, and what each of them does in one call.
+class Placement:
+    """The three networks: where they live, and in what form.
 
-    dtype is what they compute in; all that they give back is float32. offload keeps only the one at work on the device.
+    dtype is what they compute in. offload keeps only the one at work on the device.
     size: the side in pixels of the pictures that they were trained on. tiled: the VAE works in tiles; fast: attention
     takes its fast form; both are chapter 19's.
     """
@@ -117,6 +118,22 @@ class Networks:
             for network in (self.text_encoder, self.vae, self.unet):
                 faster(network)
 
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
+             offload: bool = False, ema: bool = False, vae: str | Path | None = None, tiled: bool = False,
+             fast: bool = False) -> Self:  # fmt: skip
+        """From a diffusers folder, an SD 1 file, or OWNER/NAME of the hub.
+
+        device None: cuda, else mps, else cpu; dtype None: float16 on cuda, else float32. offload: keep only the network
+        at work on the device. ema: a file's averaged U-Net; vae: another VAE (both chapter 11's). tiled, fast: chapter
+        19's.
+        """
+        device = pick_device(device)  # a wrong one is told before gigabytes are read
+        name = Path(path).resolve().name.removesuffix(".safetensors").removesuffix(".ckpt")
+        dtype = dtype or default_dtype(device)
+        parts = load(path, dtype, "cpu" if offload else device, torch.channels_last, ema, vae)
+        return cls(*parts, device, dtype, offload, name, tiled, fast)
+
     def save(self, folder: str | Path, dtype: torch.dtype | None = torch.float16) -> None:
         """Write everything in diffusers' folder layout."""
         parts = (self.tokenizer, self.text_encoder, self.vae, self.unet, self.schedule)
@@ -135,6 +152,10 @@ class Networks:
         """The VAE, in tiles if that was asked for."""
         vae = self.use(self.vae)
         return self.tiles or vae
+
+
+class Networks(Placement):
+    """What each of the three does in one call; all that they give back is float32."""
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], clip_skip: int = 0) -> Tensor:
@@ -228,22 +249,6 @@ def latent_shape(
 
 class StableDiffusion(Networks):
     """Text -> pictures, and text + picture -> pictures. Rombach et al. 2022, figure 3."""
-
-    @classmethod
-    def load(cls, path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
-             offload: bool = False, ema: bool = False, vae: str | Path | None = None, tiled: bool = False,
-             fast: bool = False) -> "StableDiffusion":  # fmt: skip
-        """From a diffusers folder, an SD 1 file, or OWNER/NAME of the hub.
-
-        device None: cuda, else mps, else cpu; dtype None: float16 on cuda, else float32. offload: keep only the network
-        at work on the device. ema: a file's averaged U-Net; vae: another VAE (both chapter 11's). tiled, fast: chapter
-        19's.
-        """
-        device = pick_device(device)  # a wrong one is told before gigabytes are read
-        name = Path(path).resolve().name.removesuffix(".safetensors").removesuffix(".ckpt")
-        dtype = dtype or default_dtype(device)
-        parts = load(path, dtype, "cpu" if offload else device, torch.channels_last, ema, vae)
-        return cls(*parts, device, dtype, offload, name, tiled, fast)
 
     def steps(self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] = "", steps: int = 50,
               cfg_scale: float = 7.5, sampler: str = "ddpm", seed: int | Sequence[int] | None = None,

@@ -273,18 +273,9 @@ class DenoiseTask(Task):
     section 3.1). Offset noise hides it; SDXL was trained so too (Podell et al. 2024, section 2.5).
     """
 
-    def __init__(
-        self,
-        unet: UNet,
-        text_encoder: CLIPTextEncoder,
-        tokenizer: Tokenizer,
-        latents: Tensor,
-        schedule: Schedule,
-        drop: float = 0.1,
-        offset: float = 0.1,
-        joint: bool = False,
-        vae: VAE | None = None,
-    ):
+    def __init__(self, unet: UNet, text_encoder: CLIPTextEncoder, tokenizer: Tokenizer, latents: Tensor,
+                 schedule: Schedule, drop: float = 0.1, offset: float = 0.1, joint: bool = False,
+                 vae: VAE | None = None):  # fmt: skip
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder.requires_grad_(joint)
         self.vae = vae.requires_grad_(False) if vae else None  # only for the preview

@@ -131,10 +131,12 @@ def write_models(folder: Path, sizes: tuple, dtype: torch.dtype, size: int) -> P
 def networks(folder: Path, device: torch.device, dtype: torch.dtype, size: int, parts: list[str], repeats: int,
              compiled: bool) -> list[Row]:  # fmt: skip
     """One call of each network, eager and, if wanted, compiled."""
+    import transformers
     from diffusers import StableDiffusionPipeline
     from diffusers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     sd = StableDiffusion.load(folder, device, dtype, fast=True)
     pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, safety_checker=None).to(device)
     pipe.unet.to(memory_format=torch.channels_last)

@@ -15,7 +15,7 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
-CHAPTERS = [path for path in sorted(BOOK.glob("[0-9][0-9]_*.ipynb")) if path.name < "13"]
+CHAPTERS = [path for path in sorted(BOOK.glob("[0-9][0-9]_*.ipynb"))]
 TEXTS = sorted([*BOOK.glob("*.ipynb"), *BOOK.glob("*.md"), *ROOT.glob("*.md")])
 SECTIONS = (
     "Where we are", "What you will have at the end", "The idea", "By hand", "Build it", "The class", "Check it",
@@ -162,8 +162,8 @@ def test_a_chapter_is_small(path):
     assert path.stat().st_size < 1_000_000
 
 
-def test_all_thirteen_chapters_are_looked_at():
-    assert [path.name[:2] for path in CHAPTERS] == [f"{i:02d}" for i in range(13)]
+def test_all_chapters_are_looked_at():
+    assert [path.name[:2] for path in CHAPTERS] == [*(f"{i:02d}" for i in range(13)), "19"]
 
 
 # Links between the pages, and from README and CONTRIBUTING.
@@ -321,3 +321,63 @@ def test_spelling_is_checked(tmp_path, monkeypatch, capsys):
     page.write_text("The behaviour of colour in the centre.\n", "utf-8")
     monkeypatch.setattr(sys, "argv", ["spelling.py", str(page)])
     assert SPELLING.main() == 0 and capsys.readouterr().out == ""
+
+
+# No chapter uses a term before it is introduced.
+
+EVERYDAY = {  # words of the glossary that say what they say in any book
+    "caption", "diffusers", "level", "pipeline", "recipe", "score", "strength",
+}  # fmt: skip
+EARLY = {  # used before their chapter, in passing, where the sentence says enough
+    ("attention", "01"), ("checkpoint", "03"), ("plateau", "03"), ("latent diffusion", "04"), ("beta", "05"),
+    ("bfloat16", "05"), ("noise schedule", "05"), ("image-to-image", "07"), ("offset noise", "08"),
+    ("guidance scale", "09"),
+}  # fmt: skip
+
+
+def introduced() -> dict[str, str]:
+    """Each term of the glossary -> the number of the chapter that introduces it."""
+    text = (BOOK / "glossary.md").read_text("utf-8")
+    blocks = text[text.index("```{glossary}") :].split("\n\n")
+    terms = {}
+    for block in blocks:
+        head, _, rest = block.removeprefix("```{glossary}\n").partition("\n")
+        if chapter := re.search(r"\[Chapter\s+(\d\d)\]", rest):
+            terms[head.strip()] = chapter[1]
+    return terms
+
+
+def said_plainly(text: str) -> str:
+    """Prose without what explains itself: links, roles, code, formulas; in exercises, without their titles' marks."""
+    for pattern in (r"\{\w+\}`[^`]*`", r"`[^`\n]*`", r"\$[^$]*\$", r"\[[^\]]*\]\([^)]*\)"):
+        text = re.sub(pattern, " ", text)
+    return text
+
+
+def premature(text: str, chapter: str, terms: dict[str, str], known: str) -> list[str]:
+    """Terms that a chapter uses before the one that introduces them; what `known` says already does not count."""
+    plain, early = said_plainly(text), []
+    for term, home in terms.items():
+        word = re.compile(rf"(?<![\w-]){re.escape(term)}(?:s|es)?(?![\w-])", re.IGNORECASE * term.islower())
+        if home > chapter and word.search(plain) and not word.search(known):
+            early.append(term)
+    return early
+
+
+def test_no_chapter_uses_a_term_before_it_is_introduced():
+    """Chapter 00 shows the whole way, and names the networks and what goes between them: these names are known."""
+    journey, *others = CHAPTERS
+    known, terms = text_of(journey), introduced()
+    assert len(terms) > 100
+    early = ((path.name[:2], premature(prose(text_of(path)), path.name[:2], terms, known)) for path in others)
+    found = {(term, chapter) for chapter, names in early for term in names if term not in EVERYDAY}
+    assert found <= EARLY, found - EARLY
+    assert found >= EARLY, f"no longer needed: {EARLY - found}"
+
+
+def test_a_premature_term_is_found():
+    terms = {"offset noise": "09", "LoRA": "15"}
+    text = "With offset noises and a LoRA; a lora, `offset noise`, [offset noise](09.ipynb), {term}`LoRA`."
+    assert premature(text, "08", terms, "") == ["offset noise", "LoRA"]
+    assert premature(text, "09", terms, "") == ["LoRA"] and premature(text, "08", terms, "a LoRA") == ["offset noise"]
+    assert premature(text.partition(";")[2], "08", terms, "") == []

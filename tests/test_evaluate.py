@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,7 @@ from sdlearn.evaluate import (
     vae_psnr,
 )
 from sdlearn.judge import Judge
-from sdlearn.scenes import parse, split_of
+from sdlearn.scenes import RELATIONS, parse, split_of
 
 
 class Painter:
@@ -132,12 +133,12 @@ def test_vae_psnr_of_a_vae_that_loses_nothing_but_a_little():
 def test_table():
     values = dict.fromkeys(PARTS, 0.5) | {"judge on real scenes": 1.0, "relation": math.nan}
     text = table_of({"VAE PSNR, dB": 28.04, "CLIP retrieval": {"a": 0.5}, "attention overlap": {"inside": 0.25},
-                     "prompt following": {"seen, one thing": values}})  # fmt: skip
+                     "words heard": {"colours": 0.75}, "prompt following": {"seen, one thing": values}})  # fmt: skip
     lines = text.splitlines()
     assert lines[0] == "VAE PSNR on fresh scenes: 28.0 dB"
-    assert lines[1:3] == ["CLIP retrieval: a 0.50", "attention overlap: inside 0.25"]
-    assert lines[3].split() == ["prompt", "following", *PARTS, "judge", "on", "real", "scenes"]
-    assert lines[4].split()[3:] == ["0.50", "0.50", "0.50", "-", "0.50", "1.00"]
+    assert lines[1:4] == ["CLIP retrieval: a 0.50", "attention overlap: inside 0.25", "words heard: colours 0.75"]
+    assert lines[4].split() == ["prompt", "following", *PARTS, "judge", "on", "real", "scenes"]
+    assert lines[5].split()[3:] == ["0.50", "0.50", "0.50", "-", "0.50", "1.00"]
 
 
 def test_a_judge_is_saved_and_loaded(tmp_path):
@@ -181,18 +182,53 @@ def test_too_few_prompts_are_refused():
         evaluate.main(parser.parse_args(["--prompts", "4"]))
 
 
-def test_attention_overlap_of_a_random_model_is_that_of_the_area(monkeypatch):
+def untrained():
     from sdlearn.pipeline import StableDiffusion
-    from sdlearn.schedule import Schedule
     from sdlearn.tiny import SCHEDULE, UNET_SIZES, VAE_SIZES, make_clip
     from sdlearn.unet import UNet
     from sdlearn.vae import VAE
 
-    assert isinstance(SCHEDULE, Schedule)
     clip = make_clip()
-    model = StableDiffusion(clip.tokenizer, clip.clip.text_encoder, VAE(VAE_SIZES), UNet(UNET_SIZES), SCHEDULE, 128,
-                            device="cpu")  # fmt: skip
-    found = evaluate.attention_overlap(model, count=2)
+    networks = clip.clip.text_encoder, VAE(VAE_SIZES), UNet(UNET_SIZES)
+    return StableDiffusion(clip.tokenizer, *networks, SCHEDULE, 128, device="cpu")
+
+
+def test_a_changed_sentence_is_wrong_in_one_thing():
+    for i in range(50):
+        scene = evaluate.fresh_scenes(1, i, things=2)[0]
+        wrong = evaluate.changed(scene, random.Random(i))
+        assert ("colours" in wrong) == bool(scene.things[0].colour)
+        assert scene.sentence() not in wrong.values() and all(parse(sentence) for sentence in wrong.values())
+        other = parse(wrong["relation"])
+        assert other.relation() == RELATIONS[scene.relation()]
+        assert [(x.name, x.colour) for x in other.things] == [(x.name, x.colour) for x in scene.things]
+
+
+class Listener(torch.nn.Module):
+    """Knows the noise, and answers it a little worse when a sentence is wrong."""
+
+    def __init__(self, deaf):
+        super().__init__()
+        self.deaf, self.calls = deaf, 0
+
+    def forward(self, latents, t, context):
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        self.calls += 1  # the first call has the true sentences, the others the wrong ones, in the order of PARTS
+        worse = 0.0 if self.calls == 1 else -0.1 if self.calls == 1 + self.deaf else 0.1
+        return noise * (1.5 + worse)
+
+
+@pytest.mark.parametrize("deaf", [0, 4])
+def test_words_heard(deaf):
+    model = untrained()
+    model.unet = Listener(deaf)
+    heard = evaluate.words_heard(model, count=8)
+    assert list(heard) == [*PARTS[:4]]
+    assert all(share == (part != "relation" or not deaf) for part, share in heard.items())
+
+
+def test_attention_overlap_of_a_random_model_is_that_of_the_area(monkeypatch):
+    found = evaluate.attention_overlap(untrained(), count=2)
     assert found["inside"] == pytest.approx(found["area"], rel=0.35) and 0 <= found["points"] <= 1
 
 
@@ -204,6 +240,7 @@ def test_main_prints_and_writes_every_figure(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(evaluate, "vae_psnr", lambda model: 30.0)
     monkeypatch.setattr(evaluate, "clip_retrieval", lambda folder: {"picture finds sentence": 0.5})
     monkeypatch.setattr(evaluate, "attention_overlap", lambda model: {"inside": 0.5})
+    monkeypatch.setattr(evaluate, "words_heard", lambda model: {"relation": 0.9})
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
     evaluate.main(parser.parse_args(["--json", str(tmp_path / "figures.json")]))

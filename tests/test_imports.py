@@ -15,9 +15,9 @@ JOURNEY = """
     clip vae unet
     ddpm samplers guidance
     training tasks headers hub names config files fitting saving weights
-    pictures pipeline
-    inpaint lora controlnet sdxl lcm speed
-    judge tiny evaluate
+    pictures speed pipeline
+    inpaint lora controlnet sdxl lcm
+    judge tiny evaluate bench
     show moving
     inspection
     cli

@@ -5,22 +5,26 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from sdlearn import tasks
 from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig
-from sdlearn.scenes import parse, split_of
+from sdlearn.scenes import COLOURS, OBJECTS, Scene, Thing, parse, split_of
 from sdlearn.schedule import Schedule
 from sdlearn.tasks import (
     PREVIEW,
     CLIPTask,
     DenoiseTask,
+    HintedTask,
+    PlacesTask,
     VAETask,
     encode_scenes,
     family,
     latent_bank,
+    layout,
     loss_weights,
     normal,
     numbered_scene,
@@ -167,7 +171,7 @@ def test_loss_weights():
 
 
 def test_denoise_task(denoise):
-    shapes = {"latents": (3, 4, 16, 16), "tokens": (3, 77), "t": (3,), "noise": (3, 4, 16, 16)}
+    shapes = {"latents": (3, 4, 16, 16), "tokens": (3, 77), "t": (3,), "noise": (3, 4, 16, 16), "number": (3,)}
     batch, _ = check_examples(denoise, 3, shapes)
     assert batch["latents"].dtype == torch.float32
     denoise(batch)["loss"].backward()
@@ -179,7 +183,7 @@ def test_denoise_loss_is_the_weighted_error_of_eps(denoise):
     batch = denoise.examples(rngs(4))
     zero = DenoiseTask(nn.Module(), denoise.text_encoder, denoise.tokenizer, denoise.latents, denoise.schedule)
     zero.unet.forward = lambda xt, t, context: torch.zeros_like(xt)
-    losses, error = zero(batch), batch["noise"].square().mean(dim=(1, 2, 3))
+    losses, error = zero(batch), batch["noise"].square().mean(dim=(1, 2, 3)) / zero.often[batch["t"]]
     torch.testing.assert_close(losses["plain"], error.mean())
     torch.testing.assert_close(losses["loss"], (loss_weights(Schedule())[batch["t"]] * error).mean())
 
@@ -192,9 +196,58 @@ def test_one_caption_in_ten_is_empty_and_the_others_are_true(denoise, tokenizer)
     assert all(parse(caption) for caption in decoded)
 
 
-def test_t_is_uniform(denoise):
-    t = torch.cat([denoise.examples(rngs(100, seed))["t"] for seed in range(10)])
-    assert t.min() >= 0 and t.max() <= 999 and abs(t.float().mean() - 499.5) < 40
+def test_times_are_drawn_as_often_as_they_say_and_count_as_if_uniform(denoise):
+    t = torch.cat([denoise.times(rngs(1000, seed)) for seed in range(10)])
+    assert t.min() >= 0 and t.max() <= 999
+    share = torch.bincount(t // 100, minlength=10) / len(t)
+    torch.testing.assert_close(share, denoise.often.view(10, 100).sum(1) / 1000, atol=0.015, rtol=0)
+    assert share[9] > 2 * share[0]
+    for error in (torch.ones(1000), torch.linspace(0, 1, 1000)):  # any error keeps the mean that uniform times give it
+        assert (error / denoise.often)[t].mean().item() == pytest.approx(error.mean().item(), abs=0.02)
+
+
+def test_a_layout_says_what_lies_where():
+    cat, star = Thing("cat", None, 32, 64, 56), Thing("star", "yellow", 96, 64, 56)
+    objects, colours = layout(Scene((cat, star), "white")).view(2, 4, 4)
+    for labels, cats, stars in ((objects, 1 + OBJECTS.index("cat"), 1 + OBJECTS.index("star")),
+                                (colours, 0, 1 + [*COLOURS].index("yellow"))):  # fmt: skip
+        assert (labels[1:3, :2] == cats).all() and (labels[1:3, 2:] == stars).all()
+        assert (labels[[0, 3]] == 0).all()
+
+
+def test_places_task(tokenizer):
+    torch.manual_seed(0)
+    task = PlacesTask(make_clip(tokenizer).text_encoder, tokenizer)
+    shapes = {"tokens": (8, 77), "layout": (8, 2, 16), "mirrored": (8, 2, 16), "background": (8,), "told": (8,)}
+    batch, _ = check_examples(task, 8, shapes)
+    told = batch["told"]
+    assert told.any() and not told.all()
+    assert (batch["layout"] != batch["mirrored"]).flatten(1).any(dim=1)[told].all()
+    assert torch.equal(batch["layout"][~told], batch["mirrored"][~told])
+    for wanted, sides in (("layout", 1), ("mirrored", 0)):  # who knows the truth is told so
+        answers = [F.one_hot(batch[wanted][:, i], n) * 9.0 for i, n in ((0, 1 + len(OBJECTS)), (1, 1 + len(COLOURS)))]
+        task.places.forward = lambda context, answers=answers: (*answers, torch.zeros(8, 8))
+        assert task(batch)["sides"] == sides
+
+
+def test_a_hint_is_what_the_middle_says_about_places(denoise):
+    torch.manual_seed(0)
+    parts = denoise.unet, denoise.text_encoder, denoise.tokenizer, denoise.latents, denoise.schedule
+    task = HintedTask(*parts, hint=0.5)
+    batch = task.examples(rngs(4))
+    plain, hinted = denoise(batch), task(batch)
+    assert torch.equal(plain["plain"], hinted["plain"])
+    torch.testing.assert_close(hinted["loss"], plain["loss"] + 0.5 * hinted["hint"])
+    hinted["hint"].backward()
+    reached = {name.split(".")[0] for name, p in task.unet.named_parameters() if p.grad is not None}
+    assert {"down", "middle"} <= reached and not reached & {"up", "conv_out"}  # nor what comes later
+    task.zero_grad(set_to_none=True)
+    truth = torch.stack([layout(numbered_scene(n)) for n in batch["number"].tolist()])
+    objects, colours = (F.one_hot(truth[:, i], n) * 20.0 for i, n in ((0, 1 + len(OBJECTS)), (1, 1 + len(COLOURS))))
+    said = torch.cat([objects, colours], dim=2).mT.unflatten(2, (4, 4))
+    task.says.forward = lambda seen: said
+    assert task(batch)["hint"] < 1e-3
+    assert not task.unet.middle._forward_hooks
 
 
 def test_joint_training_teaches_the_text_encoder_too(tokenizer):

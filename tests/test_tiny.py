@@ -12,6 +12,7 @@ from PIL import Image
 from sdlearn import tiny
 from sdlearn.judge import look
 from sdlearn.pipeline import StableDiffusion
+from sdlearn.tasks import PlacesTask
 from sdlearn.tiny import (
     BANK,
     MAKE,
@@ -34,12 +35,13 @@ def runs(tmp_path_factory):
     """Saved states of all stages, as training leaves them, with untrained weights."""
     folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
-    unet, clip = UNet(UNET_SIZES), make_clip()
+    unet, clip, other = UNet(UNET_SIZES), make_clip(), make_clip()
     parts = {
         "clip": clip,
         "vae": make_vae(),
         "judge": make_judge(),
-        "unet": torch.nn.ModuleDict({"unet": unet, "text_encoder": clip.clip.text_encoder}),
+        "places": PlacesTask(other.clip.text_encoder, other.tokenizer),
+        "unet": torch.nn.ModuleDict({"unet": unet}),
     }
     for stage, part in parts.items():
         (folder / stage).mkdir()
@@ -92,9 +94,11 @@ def test_the_unet_task_stands_on_the_others(runs):
     assert task.latents.shape == (2048, 4, 16, 16)
     assert task.latents.float().std().item() == pytest.approx(1, abs=1e-3)  # the scale was measured: 1 / std
     learned = {name.split(".")[0] for name, p in task.named_parameters() if p.requires_grad}
-    assert learned == {"unet", "text_encoder"}
+    assert learned == {"unet", "says"}  # the text encoder stays as it is
     losses = task(task.examples([random.Random(i) for i in range(2)]))
     assert losses["loss"].isfinite()
+    taught = averaged_weights(runs / "places" / "state.pt")  # the text encoder comes from CLIP by way of `places`
+    assert all(torch.equal(p, taught[f"text_encoder.{name}"]) for name, p in task.text_encoder.named_parameters())
 
 
 def test_export_writes_a_checkpoint_that_the_pipeline_loads(runs, tmp_path):
@@ -120,7 +124,7 @@ def test_a_checkpoint_is_a_place_to_begin_from(runs, tmp_path):
     tiny.export(runs, tmp_path / "tiny")
     tiny.begin(tmp_path / "runs", tmp_path / "tiny")
     for stage, make in {"judge": make_judge, "vae": make_vae, "clip": make_clip}.items():
-        task, recipe = make(), replace(STAGES[stage], precision="bf16")
+        task, recipe = make(), replace(STAGES[stage], precision="bf16", begun=1000)
         average, optimizer = Average(task, recipe.ema), torch.optim.AdamW(task.parameters())
         assert resume(tmp_path / "runs" / stage / "state.pt", task, optimizer, average, recipe) == 1000
         before = averaged_weights(runs / stage / "state.pt")

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from toy_task import Toy
 
-from sdlearn.training import Average, Recipe, averaged_weights, fastest_precision, generators, saved_recipe, train
+from sdlearn.training import Average, Recipe, averaged_weights, fastest_precision, generators, progress, train
 
 RECIPE = Recipe(steps=6, batch=4, lr=1e-2, warmup=2, ema=0.9)
 
@@ -132,6 +132,8 @@ def test_the_rate_rises_stays_and_falls(steps, warmup, cooldown, lr):
     recipe = Recipe(steps=steps, batch=1, lr=lr, warmup=warmup, cooldown=cooldown)
     rates = [recipe.rate(step) for step in range(steps)]
     assert all(0 < rate <= lr for rate in rates)
+    later = replace(recipe, steps=steps + 70, begun=70)  # a new beginning warms up anew
+    assert [later.rate(70 + step) for step in range(steps)] == pytest.approx(rates)
     before_cooldown, after_warmup = rates[: max(0, steps - cooldown)], rates[warmup:]
     assert before_cooldown == sorted(before_cooldown)
     assert after_warmup == sorted(after_warmup, reverse=True)
@@ -156,10 +158,11 @@ def test_a_recipe_that_cannot_work_is_refused(wrong, says):
 def test_what_is_saved_can_be_read_back(tmp_path):
     with pytest.raises(ValueError, match="train that stage first .sdlearn train vae."):
         averaged_weights(tmp_path / "vae" / "state.pt")
-    assert saved_recipe(tmp_path / "state.pt") == {}
+    assert progress(tmp_path / "state.pt") == (0, {})
     trained = weights_after(tmp_path, RECIPE)
     assert same(averaged_weights(tmp_path / "state.pt"), trained)
-    assert saved_recipe(tmp_path / "state.pt")["lr"] == RECIPE.lr
+    done, recipe = progress(tmp_path / "state.pt")
+    assert done == RECIPE.steps and recipe["lr"] == RECIPE.lr
 
 
 def test_fastest_precision_leaves_no_gradients():

@@ -53,8 +53,8 @@ def stage(chapters: tuple[str, ...], words: str, x: int, y: int, width: int, lit
 
 
 def journey(chapter: str) -> str:
-    """The figure of one chapter; 00 and 12 light all of it."""
-    whole = chapter in ("00", "12")
+    """The figure of one chapter; 00, 12 and 19 light all of it."""
+    whole = chapter in ("00", "12", "19")
     parts = [stage(*s, lit=whole or chapter in s[0]) for s in STAGES]
     parts += [
         f'<text x="{x}" y="{y}" text-anchor="middle" font-style="italic">{words}</text>' for words, x, y in THINGS
@@ -86,14 +86,18 @@ def journey(chapter: str) -> str:
 NAMES = {
     "00": "The journey", "01": "Tokenizer", "02": "Attention", "03": "CLIP", "04": "Scenes", "05": "VAE", "06": "Time",
     "07": "U-Net", "08": "Sampler", "09": "Training", "10": "Guidance", "11": "Weights", "12": "Pipeline",
+    "19": "Speed",
 }  # fmt: skip
-SPOKEN = {"00": "The journey: the whole way on one page", "12": "Pipeline: the whole way in one class"}
+SPOKEN = {
+    "00": "The journey: the whole way on one page", "12": "Pipeline: the whole way in one class",
+    "19": "Speed and memory: the same for less",
+}  # fmt: skip
 WIDE = {
-    "size": (760, 388),
+    "size": (760, 442),
     "boxes": {  # chapter: x, y, width
         "00": (10, 8, 740), "01": (124, 74, 88), "02": (268, 74, 84), "03": (358, 74, 72), "06": (246, 166, 80),
         "07": (344, 166, 86), "10": (448, 166, 96), "08": (562, 166, 84), "04": (10, 278, 88), "09": (122, 278, 92),
-        "11": (238, 278, 92), "05": (562, 278, 84), "12": (10, 342, 740),
+        "11": (238, 278, 92), "05": (562, 278, 84), "12": (10, 342, 740), "19": (10, 396, 740),
     },
     "arrows": ["M106 96H122", "M212 96H266", "M394 118V164", "M326 188H342", "M430 188H446", "M544 188H560",
                "M604 210V224H387V212", "M206 188H234", "M628 246V276", "M646 300H690", "M98 300H120", "M214 300H236"],
@@ -104,11 +108,11 @@ WIDE = {
     "apple": (712, 302),
 }  # fmt: skip
 TALL = {
-    "size": (360, 764),
+    "size": (360, 818),
     "boxes": {
         "00": (10, 8, 340), "01": (100, 98, 160), "02": (20, 180, 155), "03": (185, 180, 155), "06": (24, 280, 150),
         "07": (186, 280, 150), "10": (24, 352, 150), "08": (186, 352, 150), "05": (100, 476, 160), "12": (10, 614, 340),
-        "04": (10, 706, 104), "09": (128, 706, 104), "11": (246, 706, 104),
+        "04": (10, 706, 104), "09": (128, 706, 104), "11": (246, 706, 104), "19": (10, 764, 340),
     },
     "arrows": ["M180 86V96", "M180 142V178", "M261 224V278", "M174 302H184", "M246 324V338H140V350", "M174 374H184",
                "M300 352V326", "M180 432V474", "M180 520V544", "M114 728H126", "M232 728H244"],
@@ -187,7 +191,8 @@ def map_page() -> str:
 
 
 def main() -> int:
-    texts = {f"journey-{number:02d}.svg": journey(f"{number:02d}") for number in range(13)} | {"map.html": map_page()}
+    chapters = [f"{number:02d}" for number in (*range(13), 19)]
+    texts = {f"journey-{chapter}.svg": journey(chapter) for chapter in chapters} | {"map.html": map_page()}
     there = {path.name: path.read_text("utf-8") for path in FOLDER.iterdir() if path.name in texts}
     stale = [name for name, text in texts.items() if there.get(name) != text]
     if "--check" in sys.argv:

@@ -300,6 +300,8 @@ n | {CALL}(num_images_per_prompt) | `--n_samples` | | 12
 latents | {CALL}(latents) | `x_T` | $x_T$ | 12
 rescale | {CALL}(guidance_rescale) | | $\phi$ | 10
 clip_skip | {CALL}(clip_skip) | |  | 03
+guided_times | | |  | 19
+two_passes | | |  | 19
 image | {IMAGE}(image) | `--init-img` | | 12
 strength | {IMAGE}(strength) | `--strength` | $t_0$ | 08
 """

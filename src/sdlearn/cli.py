@@ -26,7 +26,8 @@ if TYPE_CHECKING:  # torch takes seconds to import: `sdlearn --help` should not 
 
     from sdlearn.pipeline import StableDiffusion
 
-ELSEWHERE = {"train": "sdlearn.tiny", "evaluate": "sdlearn.evaluate"}  # modules with add_arguments() and main()
+# Modules with add_arguments() and main()
+ELSEWHERE = {"train": "sdlearn.tiny", "evaluate": "sdlearn.evaluate", "bench": "sdlearn.bench"}
 DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "fp32": "float32", "fp16": "float16",
           "bf16": "bfloat16"}  # fmt: skip
 MODEL, OUTPUT, DOWNLOADS = "checkpoints/tiny", "outputs", "checkpoints"
@@ -59,6 +60,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is there)")
     parser.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help="float32, float16 or bfloat16 (by device)")
     parser.add_argument("--offload", action="store_true", help="keep only the network at work on the device")
+    parser.add_argument("--tiled", action="store_true", help="let the VAE work in tiles: large pictures, little memory")
+    parser.add_argument("--fast", action="store_true", help="attention in its fast form (chapter 19)")
+    parser.add_argument("--ema", action="store_true", help="a file's averaged U-Net instead of the plain one")
+    parser.add_argument("--vae", metavar="PATH", help="another VAE, a file or a folder")
     parser.add_argument("-o", "--output", type=Path, default=Path(OUTPUT), metavar="PATH",
                         help=f"folder, or a file name that ends in .png ({OUTPUT}/)")  # fmt: skip
 
@@ -90,7 +95,8 @@ def make_parser(command: str | None) -> Parser:
     download = commands.add_parser("download", help="a model from the Hugging Face hub -> checkpoints/")
     download.add_argument("model", metavar="MODEL", help="sd15, OWNER/NAME, OWNER/NAME/FILE or a hub address")
     download.add_argument("-o", "--output", default=DOWNLOADS, metavar="FOLDER", help=f"({DOWNLOADS}/)")
-    for name, what in {"train": "teach the tiny model", "evaluate": "measure a model"}.items():
+    others = {"train": "teach the tiny model", "evaluate": "measure a model", "bench": "our times beside diffusers'"}
+    for name, what in others.items():
         other = commands.add_parser(name, help=what)
         if command == name:
             importlib.import_module(ELSEWHERE[name]).add_arguments(other)
@@ -111,7 +117,9 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
     if not args.model:
         raise ValueError("--model is empty: give a diffusers folder, or a .safetensors or .ckpt file")
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
-    return StableDiffusion.load(find_model(args.model), args.device, dtype, args.offload)
+    vae = find_model(args.vae) if args.vae else None
+    return StableDiffusion.load(find_model(args.model), args.device, dtype, args.offload, args.ema, vae, args.tiled,
+                                args.fast)  # fmt: skip
 
 
 def draw(model: StableDiffusion, args: argparse.Namespace, label: str, **more: object) -> tuple[list[Image], list[str]]:

@@ -4,6 +4,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from sdlearn.judge import Judge, load_judge, look, verdict
 from sdlearn.pipeline import StableDiffusion
-from sdlearn.scenes import Scene, random_scene
+from sdlearn.scenes import BACKGROUNDS, COLOURS, OBJECTS, RECOLOURED, Scene, random_scene
 from sdlearn.schedule import add_noise
 from sdlearn.tasks import to_tensor
 from sdlearn.unet import attention_maps, record_attention
@@ -157,6 +158,49 @@ def attention_overlap(model: StableDiffusion, count: int = 60, t: int = 500, see
     return {name: torch.stack(x).mean().item() for name, x in (("inside", inside), ("area", area), ("points", points))}
 
 
+def changed(scene: Scene, rng: random.Random) -> dict[str, str]:
+    """Sentences that are wrong in one thing each, for a scene of two things; "colours" where one has a colour."""
+    first, second = scene.things
+    names = {thing.name for thing in scene.things}
+    other = rng.choice([name for name in OBJECTS if name not in names and (name in RECOLOURED) == bool(first.colour)])
+    ground = rng.choice([name for name in BACKGROUNDS if name != scene.background])
+    wrong = {
+        "background": replace(scene, background=ground),
+        "objects": replace(scene, things=(replace(first, name=other), second)),
+        "relation": scene.mirrored(),
+    }
+    if first.colour:
+        colour = rng.choice([name for name in COLOURS if name != first.colour])
+        wrong["colours"] = replace(scene, things=(replace(first, colour=colour), second))
+    return {part: found.sentence() for part, found in wrong.items()}
+
+
+@torch.inference_mode()
+def words_heard(model: StableDiffusion, count: int = 64, t: int = 800, seed: int = 0) -> dict[str, float]:
+    """How often the true sentence explains noisy latents better than one with a wrong background, object ...; .5: deaf.
+
+    No picture is drawn: the error of eps tells. Li et al. 2023 (arXiv:2303.16203) classify pictures in this way.
+    """
+    scenes, rng = fresh_scenes(count, seed, things=2), random.Random(seed)
+    x0 = model.vae.config.scale * model.vae.encode(
+        torch.stack([to_tensor(scene.render()) for scene in scenes]).to(model.device, model.dtype)
+    ).mean.float()
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
+    xt, times = add_noise(model.schedule, x0, noise, t), torch.full((count,), t, device=x0.device)
+
+    def error(sentences: Sequence[str]) -> Tensor:
+        answer = model.denoise(xt, times, model.encode_prompts(sentences))
+        return (answer - noise).square().mean(dim=(1, 2, 3))
+
+    true, wrong = error([scene.sentence() for scene in scenes]), [changed(scene, rng) for scene in scenes]
+    heard = {}
+    for part in PARTS[:4]:
+        told = torch.tensor([part in sentences for sentences in wrong], device=x0.device)
+        other = error([sentences.get(part, "") for sentences in wrong])
+        heard[part] = (true < other)[told].float().mean().item()
+    return heard
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=Path("checkpoints/tiny"), help="a checkpoint folder with a judge")
     parser.add_argument("--prompts", type=int, default=400, help="how many pictures to draw and judge")
@@ -177,6 +221,7 @@ def main(args: argparse.Namespace) -> None:
         "VAE PSNR, dB": vae_psnr(model),
         "CLIP retrieval": clip_retrieval(args.model),
         "attention overlap": attention_overlap(model),
+        "words heard": words_heard(model),
         "prompt following": following,
     }
     print(table_of(figures))
@@ -187,7 +232,7 @@ def main(args: argparse.Namespace) -> None:
 def table_of(figures: dict) -> str:
     """The figures as text."""
     lines = [f"VAE PSNR on fresh scenes: {figures['VAE PSNR, dB']:.1f} dB"]
-    for name in ("CLIP retrieval", "attention overlap"):
+    for name in ("CLIP retrieval", "attention overlap", "words heard"):
         lines.append(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in figures[name].items()))
     columns = [*PARTS, "judge on real scenes"]
     lines.append(f"{'prompt following':28}" + "".join(f"{column:>11}" for column in columns[:-1]) + f"  {columns[-1]}")

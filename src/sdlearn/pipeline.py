@@ -7,7 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from PIL import Image
@@ -17,18 +17,22 @@ from sdlearn.clip import CLIPTextEncoder
 from sdlearn.ddpm import draw_noise, kept_timesteps, sample
 from sdlearn.guidance import Guided
 from sdlearn.pictures import open_image, to_image, to_tensor
+from sdlearn.saving import save_pipeline
 from sdlearn.schedule import Schedule, add_noise
+from sdlearn.speed import TiledVAE, faster
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.unet import UNet
 from sdlearn.vae import VAE
-from sdlearn.weights import load, save_pipeline
+from sdlearn.weights import load
 
 __all__ = [
     "LARGEST",
     "pick_device",
+    "default_dtype",
     "seeds",
     "check_fit",
     "PromptCut",
+    "Placement",
     "Networks",
     "Drawing",
     "last",
@@ -52,6 +56,11 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     if found.type not in choice or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"device {device!r} is not available; this machine has {', '.join(choice)}")
     return found
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What networks compute in where nobody says: 16 bits on an NVIDIA GPU, else 32."""
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
@@ -84,25 +93,46 @@ class PromptCut(UserWarning):
     """A prompt is longer than the text encoder can read."""
 
 
-class Networks:
-    """The three networks: where they live, and what each of them does in one call.
+class Placement:
+    """The three networks: where they live, and in what form.
 
-    dtype is what they compute in; all that they give back is float32. offload keeps only the one at work on the device.
-    size: the side in pixels of the pictures that they were trained on.
+    dtype is what they compute in. offload keeps only the one at work on the device.
+    size: the side in pixels of the pictures that they were trained on. tiled: the VAE works in tiles; fast: attention
+    takes its fast form; both are chapter 19's.
     """
 
     def __init__(self, tokenizer: Tokenizer, text_encoder: CLIPTextEncoder, vae: VAE, unet: UNet, schedule: Schedule,
                  size: int = 512, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
-                 offload: bool = False, name: str = ""):  # fmt: skip
+                 offload: bool = False, name: str = "", tiled: bool = False, fast: bool = False):  # fmt: skip
         check_fit(tokenizer, text_encoder, vae, unet)
         self.device = pick_device(device)
-        self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
+        self.dtype = dtype or default_dtype(self.device)
         self.tokenizer, self.schedule, self.size, self.offload, self.name = tokenizer, schedule, size, offload, name
         home = torch.device("cpu") if offload else self.device
         self.text_encoder = text_encoder.to(home, self.dtype).eval()
         self.vae = vae.to(home, self.dtype, memory_format=torch.channels_last).eval()
         self.unet = unet.to(home, self.dtype, memory_format=torch.channels_last).eval()
         self.factor = 2 ** (len(vae.config.channels) - 1)  # pixels a latent
+        self.tiles = TiledVAE(self.vae) if tiled else None
+        if fast:
+            for network in (self.text_encoder, self.vae, self.unet):
+                faster(network)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
+             offload: bool = False, ema: bool = False, vae: str | Path | None = None, tiled: bool = False,
+             fast: bool = False) -> Self:  # fmt: skip
+        """From a diffusers folder, an SD 1 file, or OWNER/NAME of the hub.
+
+        device None: cuda, else mps, else cpu; dtype None: float16 on cuda, else float32. offload: keep only the network
+        at work on the device. ema: a file's averaged U-Net; vae: another VAE (both chapter 11's). tiled, fast: chapter
+        19's.
+        """
+        device = pick_device(device)  # a wrong one is told before gigabytes are read
+        name = Path(path).resolve().name.removesuffix(".safetensors").removesuffix(".ckpt")
+        dtype = dtype or default_dtype(device)
+        parts = load(path, dtype, "cpu" if offload else device, torch.channels_last, ema, vae)
+        return cls(*parts, device, dtype, offload, name, tiled, fast)
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = torch.float16) -> None:
         """Write everything in diffusers' folder layout."""
@@ -118,6 +148,15 @@ class Networks:
             network.to(self.device)
         return network
 
+    def codec(self) -> VAE | TiledVAE:
+        """The VAE, in tiles if that was asked for."""
+        vae = self.use(self.vae)
+        return self.tiles or vae
+
+
+class Networks(Placement):
+    """What each of the three does in one call; all that they give back is float32."""
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], clip_skip: int = 0) -> Tensor:
         """Texts -> context (B, S, D); what does not fit is cut, with a warning."""
@@ -130,7 +169,7 @@ class Networks:
     @torch.no_grad()
     def encode_image(self, image: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """image (1, 3, H, W) in [-1, 1] -> latents, one sample for each generator."""
-        distribution = self.use(self.vae).encode(image.to(self.device, self.dtype))
+        distribution = self.codec().encode(image.to(self.device, self.dtype))
         return self.vae.config.scale * torch.cat([distribution.sample(generator).float() for generator in generators])
 
     @torch.no_grad()
@@ -141,7 +180,7 @@ class Networks:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """latents (B, 4, H/8, W/8) -> pictures, one after the other, since this takes the most memory of all."""
-        vae = self.use(self.vae)
+        vae = self.codec()
         return [to_image(vae.decode(x[None].to(self.device, self.dtype))[0]) for x in latents]
 
 
@@ -211,19 +250,12 @@ def latent_shape(
 class StableDiffusion(Networks):
     """Text -> pictures, and text + picture -> pictures. Rombach et al. 2022, figure 3."""
 
-    @classmethod
-    def load(cls, path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
-             offload: bool = False) -> "StableDiffusion":  # fmt: skip
-        """From a diffusers folder or an SD 1 file. device None: cuda, else mps, else cpu; dtype None: by device."""
-        device = pick_device(device)  # a wrong one is told before gigabytes are read
-        name = Path(path).resolve().name.removesuffix(".safetensors").removesuffix(".ckpt")
-        return cls(*load(path, dtype=None), device=device, dtype=dtype, offload=offload, name=name)
-
     def steps(self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] = "", steps: int = 50,
               cfg_scale: float = 7.5, sampler: str = "ddpm", seed: int | Sequence[int] | None = None,
               width: int | None = None, height: int | None = None, n: int = 1, latents: Tensor | None = None,
               rescale: float = 0.0, clip_skip: int = 0, image: Image.Image | str | Path | None = None,
-              strength: float = 0.8) -> Iterator[Drawing]:  # fmt: skip
+              strength: float = 0.8, guided_times: tuple[int, int] = (0, 1000),
+              two_passes: bool = False) -> Iterator[Drawing]:  # fmt: skip
         """As txt2img, or as img2img if there is an image, but yields a `Drawing` after every step."""
         prompts, negatives = texts(prompt, "prompt"), texts(negative_prompt, "negative_prompt")
         count = count_pictures(prompts, negatives, n)
@@ -236,7 +268,7 @@ class StableDiffusion(Networks):
         context = self.encode_prompts(prompts, clip_skip).repeat_interleave(n, 0)
         negative = self.encode_prompts(negatives, clip_skip) if cfg_scale > 1 else context
         negative = negative.repeat_interleave(count // len(negative), 0)
-        guided = Guided(self.denoise, context, negative, cfg_scale, rescale)
+        guided = Guided(self.denoise, context, negative, cfg_scale, rescale, guided_times, two_passes)
         x0 = None if image is None else self.encode_image(image, generators)
         xt = draw_noise(shape, generators, self.device) if latents is None else latents.detach().to(self.device).float()
         xt = xt if x0 is None else add_noise(self.schedule, x0, xt, int(times[0]))
@@ -246,24 +278,26 @@ class StableDiffusion(Networks):
     def txt2img(self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] = "", steps: int = 50,
                 cfg_scale: float = 7.5, sampler: str = "ddpm", seed: int | Sequence[int] | None = None,
                 width: int | None = None, height: int | None = None, n: int = 1, latents: Tensor | None = None,
-                rescale: float = 0.0, clip_skip: int = 0) -> list[Image.Image]:  # fmt: skip
+                rescale: float = 0.0, clip_skip: int = 0, guided_times: tuple[int, int] = (0, 1000),
+                two_passes: bool = False) -> list[Image.Image]:  # fmt: skip
         """n pictures for each prompt, of width x height pixels (`size` by default).
 
         seed: picture i is drawn from seed + i, whatever the batch or the device; or a list, one for each picture.
         latents: (B, 4, H/8, W/8) to start from instead of the seed's noise.
+        guided_times, two_passes: where guidance works, and whether its halves run one after the other (chapter 19).
         """
         return last(self.steps(prompt, negative_prompt, steps, cfg_scale, sampler, seed, width, height, n, latents,
-                               rescale, clip_skip))  # fmt: skip
+                               rescale, clip_skip, None, 0.8, guided_times, two_passes))  # fmt: skip
 
     def img2img(self, prompt: str | Sequence[str], image: Image.Image | str | Path, strength: float = 0.8,
                 negative_prompt: str | Sequence[str] = "", steps: int = 50, cfg_scale: float = 7.5,
                 sampler: str = "ddpm", seed: int | Sequence[int] | None = None, width: int | None = None,
-                height: int | None = None, n: int = 1, rescale: float = 0.0,
-                clip_skip: int = 0) -> list[Image.Image]:  # fmt: skip
+                height: int | None = None, n: int = 1, rescale: float = 0.0, clip_skip: int = 0,
+                guided_times: tuple[int, int] = (0, 1000), two_passes: bool = False) -> list[Image.Image]:  # fmt: skip
         """n new pictures for each prompt, that begin as `image`; Meng et al. 2022, section 3.
 
         strength: the share of the steps that is run, from above 0 (keep it) to 1 (forget it). A picture of any kind
         is scaled and cropped at its centre to width x height; transparent becomes white.
         """
         return last(self.steps(prompt, negative_prompt, steps, cfg_scale, sampler, seed, width, height, n, None,
-                               rescale, clip_skip, image, strength))  # fmt: skip
+                               rescale, clip_skip, image, strength, guided_times, two_passes))  # fmt: skip

@@ -3,18 +3,22 @@ Exported from book/09_training.ipynb by `make export`; edit it there.
 """
 
 import random
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from sdlearn.attention import Attention
 from sdlearn.clip import CLIP, CLIPTextEncoder, contrastive_loss
 from sdlearn.ddpm import sample
 from sdlearn.guidance import Guided
-from sdlearn.scenes import BACKGROUNDS, COLOURS, SIZE, Scene, random_scene, random_thing, split_of
+from sdlearn.scenes import BACKGROUNDS, COLOURS, OBJECTS, SIZE, Scene, random_scene, random_thing, split_of
 from sdlearn.schedule import Schedule, add_noise, training_target
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.training import Task, save_atomically
@@ -29,11 +33,16 @@ __all__ = [
     "scene_tokenizer",
     "family",
     "CLIPTask",
+    "GRID",
+    "layout",
+    "Places",
+    "PlacesTask",
     "numbered_scene",
     "encode_scenes",
     "latent_bank",
     "PREVIEW",
     "DenoiseTask",
+    "HintedTask",
 ]
 
 
@@ -156,6 +165,74 @@ class CLIPTask(Task):
         }
 
 
+GRID = 4  # a scene's layout: what lies in each of 4x4 places
+
+
+def layout(scene: Scene) -> Tensor:
+    """(2, 16): for each place the number of its object and of its colour, 0 for none."""
+    labels = torch.zeros(2, GRID, GRID, dtype=torch.long)
+    centres = (torch.arange(GRID) + 0.5) * SIZE / GRID
+    for thing in scene.things:
+        left, top, right, bottom = thing.box
+        here = ((top <= centres) & (centres < bottom))[:, None] & (left <= centres) & (centres < right)
+        labels[0, here] = 1 + OBJECTS.index(thing.name)
+        labels[1, here] = 1 + [*COLOURS].index(thing.colour) if thing.colour else 0
+    return labels.flatten(1)
+
+
+class Places(nn.Module):
+    """context (B, S, D) -> the object, the colour (logits, (B, 16, classes)) at each place, and the background."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(GRID * GRID, width))
+        self.attention, self.norm = Attention(width, heads, width), nn.LayerNorm(width)
+        self.objects, self.colours = nn.Linear(width, 1 + len(OBJECTS)), nn.Linear(width, 1 + len(COLOURS))
+        self.background = nn.Linear(width, len(BACKGROUNDS))
+
+    def forward(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.places.expand(len(context), -1, -1)
+        x = self.norm(x + self.attention(x, context))
+        return self.objects(x), self.colours(x), self.background(x.mean(dim=1))
+
+
+class PlacesTask(Task):
+    """Tell from the words alone what lies where. Sixteen places ask the context, as a U-Net's positions will."""
+
+    def __init__(self, text_encoder: CLIPTextEncoder, tokenizer: Tokenizer):
+        super().__init__()
+        self.text_encoder, self.tokenizer = text_encoder.requires_grad_(True), tokenizer
+        self.places = Places(text_encoder.config.width, text_encoder.config.heads)
+
+    def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
+        scenes = [random_scene(rng) for rng in rngs]
+        captions = [scene.caption(rng) for scene, rng in zip(scenes, rngs, strict=True)]
+        told = [len(s.things) == 2 and " and " not in caption for s, caption in zip(scenes, captions, strict=True)]
+        mirrored = [scene.mirrored() if pair else scene for scene, pair in zip(scenes, told, strict=True)]
+        return {
+            "tokens": self.tokenizer(captions),
+            "layout": torch.stack([layout(scene) for scene in scenes]),
+            "mirrored": torch.stack([layout(scene) for scene in mirrored]),
+            "background": torch.tensor([[*BACKGROUNDS].index(scene.background) for scene in scenes]),
+            "told": torch.tensor(told),
+        }
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        objects, colours, background = (x.float() for x in self.places(self.text_encoder(batch["tokens"])))
+
+        def surprise(layout: Tensor) -> tuple[Tensor, Tensor]:
+            """The cross-entropy of objects and of colours in each scene, (B,)."""
+            pairs = zip((objects, colours), layout.unbind(1), strict=True)
+            return tuple(F.cross_entropy(x.mT, labels, reduction="none").mean(1) for x, labels in pairs)
+
+        (object_loss, colour_loss), told = surprise(batch["layout"]), batch["told"]
+        background_loss = F.cross_entropy(background, batch["background"])
+        prefers = (object_loss < surprise(batch["mirrored"])[0])[told]
+        loss = object_loss.mean() + colour_loss.mean() + 0.2 * background_loss
+        losses = {"objects": object_loss.mean(), "colours": colour_loss.mean(), "background": background_loss}
+        return {"loss": loss} | losses | {"sides": prefers.float().mean()}
+
+
 def numbered_scene(number: int) -> Scene:
     """Training scene number so-and-so: the same for everyone."""
     return random_scene(random.Random(number))
@@ -196,24 +273,22 @@ class DenoiseTask(Task):
     section 3.1). Offset noise hides it; SDXL was trained so too (Podell et al. 2024, section 2.5).
     """
 
-    def __init__(
-        self,
-        unet: UNet,
-        text_encoder: CLIPTextEncoder,
-        tokenizer: Tokenizer,
-        latents: Tensor,
-        schedule: Schedule,
-        drop: float = 0.1,
-        offset: float = 0.1,
-        joint: bool = False,
-        vae: VAE | None = None,
-    ):
+    def __init__(self, unet: UNet, text_encoder: CLIPTextEncoder, tokenizer: Tokenizer, latents: Tensor,
+                 schedule: Schedule, drop: float = 0.1, offset: float = 0.1, joint: bool = False,
+                 vae: VAE | None = None):  # fmt: skip
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder.requires_grad_(joint)
         self.vae = vae.requires_grad_(False) if vae else None  # only for the preview
         self.tokenizer, self.latents, self.schedule = tokenizer, latents, schedule
         self.drop, self.offset = drop, offset
-        self.register_buffer("weights", loss_weights(schedule), persistent=False)
+        weights = loss_weights(schedule)
+        self.often = (1 + weights) / 2  # how often a time is drawn, 1 on average: half of them where errors count
+        self.chances = list(accumulate(self.often.tolist()))
+        self.register_buffer("weights", weights, persistent=False)
+
+    def times(self, rngs: Sequence[random.Random]) -> Tensor:
+        """A time for each example: (B,), t as often as `often[t]` says."""
+        return torch.tensor([bisect(self.chances, rng.random() * self.chances[-1]) for rng in rngs])
 
     def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
         numbers = [rng.randrange(len(self.latents)) for rng in rngs]
@@ -224,8 +299,9 @@ class DenoiseTask(Task):
         return {
             "latents": self.latents[numbers].float(),
             "tokens": self.tokenizer(["" if dropped else caption for dropped, caption in told]),
-            "t": torch.tensor([rng.randrange(self.schedule.steps) for rng in rngs]),
+            "t": self.times(rngs),
             "noise": normal(rngs, channels, *size) + self.offset * normal(rngs, channels, 1, 1),
+            "number": torch.tensor(numbers),
         }
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -233,6 +309,7 @@ class DenoiseTask(Task):
         xt = add_noise(self.schedule, x0, noise, t).contiguous(memory_format=torch.channels_last)
         output = self.unet(xt, t, self.text_encoder(batch["tokens"])).float()
         error = (output - training_target(self.schedule, x0, noise, t)).square().mean(dim=(1, 2, 3))
+        error = error / self.often.to(t.device)[t]  # drawn twice as often, it counts half each time
         return {"loss": (self.weights[t] * error).mean(), "plain": error.mean()}
 
     @torch.inference_mode()
@@ -244,3 +321,32 @@ class DenoiseTask(Task):
         denoise = Guided(self.unet, context, empty, scale)
         *_, last = sample(denoise, noise, self.schedule, self.schedule.timesteps(steps), "ddim")
         return self.vae.decode(last.latents)
+
+
+class HintedTask(DenoiseTask):
+    """DenoiseTask with a hint: the middle of the U-Net has to say what lies where (`layout`).
+
+    After Yu et al. 2025, section 3, where the middle of a transformer has to say what a trained image encoder sees.
+    The layer that says it is thrown away when training ends.
+    """
+
+    def __init__(self, unet: UNet, *others: object, hint: float = 0.15, **more: object):
+        super().__init__(unet, *others, **more)
+        self.hint = hint
+        width = unet.config.channels[-1]
+        answers = nn.Conv2d(width, 2 + len(OBJECTS) + len(COLOURS), 1)
+        self.says = nn.Sequential(nn.GroupNorm(unet.config.groups, width), answers)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen = []
+        hook = self.unet.middle.register_forward_hook(lambda *call: seen.append(call[-1]))
+        losses = super().forward(batch)
+        hook.remove()
+        said = self.says(F.adaptive_avg_pool2d(seen[0], GRID)).flatten(2).float()  # (B, classes, 16)
+        objects, colours = said.tensor_split([1 + len(OBJECTS)], dim=1)
+        truth = torch.stack([layout(numbered_scene(n)) for n in batch["number"].tolist()]).to(said.device)
+        answers = zip((objects, colours), truth.unbind(1), strict=True)
+        surprise = sum(F.cross_entropy(said, labels, reduction="none") for said, labels in answers).mean(dim=1)  # (B,)
+        t = batch["t"]
+        hint = (self.weights[t] / self.often.to(t.device)[t] * surprise).mean()  # words are needed at strong noise
+        return losses | {"loss": losses["loss"] + self.hint * hint, "weighted": losses["loss"], "hint": hint}

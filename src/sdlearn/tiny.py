@@ -21,9 +21,9 @@ from sdlearn.pictures import to_image
 from sdlearn.saving import save_pipeline
 from sdlearn.scenes import SIZE
 from sdlearn.schedule import Schedule
-from sdlearn.tasks import CLIPTask, DenoiseTask, VAETask, latent_bank, scene_tokenizer
+from sdlearn.tasks import CLIPTask, HintedTask, PlacesTask, VAETask, latent_bank, scene_tokenizer
 from sdlearn.tokenizer import Tokenizer
-from sdlearn.training import Recipe, Task, averaged_weights, fastest_precision, save_atomically, saved_recipe, train
+from sdlearn.training import Recipe, Task, averaged_weights, fastest_precision, progress, save_atomically, train
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
 from sdlearn.weights import load_clip, load_text_encoder, load_unet, load_vae, save_clip
@@ -45,6 +45,7 @@ STAGES = {  # in the order of training, as for Stable Diffusion itself
     "vae": Recipe(steps=6_000, batch=8, lr=1e-3, ema=0.998, cooldown=1_000),
     "decoder": Recipe(steps=4_000, batch=6, lr=7e-4, ema=0.998, cooldown=1_000),
     "judge": Recipe(steps=6_000, batch=16, lr=1e-3, ema=0.998, cooldown=1_000),
+    "places": Recipe(steps=1_500, batch=64, lr=1e-3, ema=0.99, warmup=100, cooldown=400),
     "unet": Recipe(steps=20_000, batch=32, lr=8e-4, ema=0.999, cooldown=2_000),
 }
 PREVIEW_EVERY = 500  # steps of the U-Net
@@ -97,12 +98,20 @@ def make_judge(runs: Path | None = None) -> JudgeTask:
     return trained(task, runs, "judge") if runs else task
 
 
-def make_unet(runs: Path, bank: int = BANK) -> DenoiseTask:
-    """The U-Net, and the text encoder with it: left alone, it does not tell sides apart (chapter 09 measures that)."""
+def make_places(runs: Path) -> PlacesTask:
+    """CLIP's text encoder, which learns to say what lies where."""
+    task = make_clip(runs)
+    return PlacesTask(task.clip.text_encoder, task.tokenizer)
+
+
+def make_unet(runs: Path, bank: int = BANK) -> HintedTask:
+    """The U-Net, on a VAE and a text encoder that stay as they are: CLIP's, after it has learned what lies where."""
     vae, clip = best_vae(runs), make_clip(runs)
+    if (runs / "places" / "state.pt").exists():
+        trained(PlacesTask(clip.clip.text_encoder, clip.tokenizer), runs, "places")
     latents = latent_bank(vae, bank, runs / "latents.pt") * vae.config.scale
     unet = channels_last(UNet(UNET_SIZES))
-    return DenoiseTask(unet, clip.clip.text_encoder, clip.tokenizer, latents, SCHEDULE, joint=True, vae=vae)
+    return HintedTask(unet, clip.clip.text_encoder, clip.tokenizer, latents, SCHEDULE, vae=vae)
 
 
 MAKE: dict[str, Callable[[Path], Task]] = {
@@ -110,6 +119,7 @@ MAKE: dict[str, Callable[[Path], Task]] = {
     "vae": lambda runs: make_vae(),
     "decoder": make_decoder,
     "judge": lambda runs: make_judge(),
+    "places": make_places,
     "unet": make_unet,
 }
 
@@ -153,7 +163,7 @@ def begin(runs: Path, folder: Path) -> None:
         "vae": {"vae": load_vae(folder)},
         "judge": {"judge": load_judge(folder)},
     }
-    parts["unet"] = {"unet": load_unet(folder), "text_encoder": load_text_encoder(folder)}
+    parts |= {"places": {"text_encoder": load_text_encoder(folder)}, "unet": {"unet": load_unet(folder)}}
     for stage, networks in parts.items():
         path = runs / stage / "state.pt"
         if path.exists():
@@ -163,7 +173,7 @@ def begin(runs: Path, folder: Path) -> None:
         }
         history = (folder / "history" / f"{stage}.jsonl").read_text("utf-8")
         step = json.loads(history.splitlines()[-1])["step"]
-        recipe = asdict(STAGES[stage]) | {"precision": ""}  # measured anew
+        recipe = asdict(STAGES[stage]) | {"precision": "", "begun": step}  # measured anew
         state = {"step": step, "recipe": recipe, "average": weights, "weights": weights, "optimizer": {}}
         save_atomically(lambda part, state=state: torch.save(state, part), path)
         (runs / stage / "log.jsonl").write_text(history, "utf-8")
@@ -211,11 +221,12 @@ def train_stage(stage: str, runs: Path, steps: int | None, precision: str) -> No
     torch.manual_seed(recipe.seed)
     task = MAKE[stage](runs)
     steps = recipe.steps if steps is None else steps
+    done, saved = progress(runs / stage / "state.pt")
     if precision == "auto":  # an interrupted run goes on in its own precision
-        precision = saved_recipe(runs / stage / "state.pt").get("precision") or fastest_precision(task)
-    recipe = replace(recipe, steps=steps, precision=precision)
+        precision = saved.get("precision") or fastest_precision(task)
+    recipe = replace(recipe, steps=steps, precision=precision, begun=saved.get("begun", 0))
     silent = os.environ.get("RANK", "0") != "0"  # of several processes, the first one reports
-    bar = tqdm(total=steps, desc=stage, unit="step", dynamic_ncols=True, disable=silent)
+    bar = tqdm(total=steps, initial=done, desc=stage, unit="step", dynamic_ncols=True, disable=silent)
     with bar, log_file(runs / stage) as log:
 
         def report(step: int, scalars: dict[str, float]) -> None:

@@ -24,7 +24,7 @@ __all__ = [
     "read_state",
     "resume",
     "averaged_weights",
-    "saved_recipe",
+    "progress",
     "fastest_precision",
 ]
 
@@ -68,6 +68,7 @@ class Recipe:
     clip: float = 1.0  # largest norm of the gradient
     precision: str = "no"  # "no" (float32), "bf16" or "fp16"
     seed: int = 0
+    begun: int = 0  # the step at which AdamW began without memories: the warm-up counts from here
 
     def __post_init__(self):
         for name in ("steps", "batch"):
@@ -80,7 +81,7 @@ class Recipe:
 
     def rate(self, step: int) -> float:
         """The learning rate at a step, counted from 0."""
-        up = min(1.0, (step + 1) / max(self.warmup, 1))
+        up = min(1.0, (step + 1 - self.begun) / max(self.warmup, 1))
         down = min(1.0, (self.steps - step) / self.cooldown) if self.cooldown else 1.0
         return self.lr * up * down
 
@@ -227,7 +228,8 @@ def resume(path: Path, task: Task, optimizer: torch.optim.Optimizer, average: Av
         raise ValueError(
             f"{path} was made with another {', '.join(sorted(changed))}: use the same recipe or another folder"
         )
-    if {n: x.shape for n, x in state["average"].items()} != {n: x.shape for n, x in average.weights.items()}:
+    here, there = ({n: x.shape for n, x in weights.items()} for weights in (average.weights, state["average"]))
+    if here != there and (state["optimizer"] or not there.items() <= here.items()):
         raise ValueError(f"{path} was made by another network: use the same sizes or another folder")
     task.load_state_dict(state["weights"], strict=False)
     if state["optimizer"]:
@@ -242,9 +244,10 @@ def averaged_weights(path: Path) -> dict[str, Tensor]:
     return read_state(path)["average"]
 
 
-def saved_recipe(path: Path) -> dict:
-    """The recipe of a saved state; empty if there is none."""
-    return read_state(path)["recipe"] if path.exists() else {}
+def progress(path: Path) -> tuple[int, dict]:
+    """How many steps a saved state has done, and its recipe; (0, {}) if there is none."""
+    state = read_state(path) if path.exists() else {"step": 0, "recipe": {}}
+    return state["step"], state["recipe"]
 
 
 def fastest_precision(task: Task, count: int = 8) -> str:

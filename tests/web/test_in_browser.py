@@ -17,6 +17,15 @@ SOURCES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter i
 CHAPTERS = [source for source in SOURCES if re.search(r"/\d\d_", source)]
 PAGES = [f"{source}.html" for source in SOURCES] + ["search.html", "genindex.html"]
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+MOVING = {  # what moves under the reader's finger: a chapter, and the names of its figures' sliders, or "words"
+    "01_tokenizer": ["merges"],
+    "05_vae": ["share of the second"],
+    "07_unet": ["words"],
+    "08_ddpm": ["time t"],
+    "10_guidance": ["guidance scale, seed"],
+    "12_pipeline": ["strength", "steps"],
+}
+FIGURES = "figure:has(input[type=range]), figure:has(.moving-word)"
 FOLDS = ".bd-article .admonition.toggle, .bd-article .admonition.dropdown"
 FAINT, CUT_OFF = (Path(__file__).with_name(name).read_text("utf-8") for name in ("faint.js", "cut_off.js"))
 pytestmark = pytest.mark.web
@@ -152,17 +161,17 @@ def test_folded_answers_open_with_the_mouse_and_the_keyboard(visit):
 
 
 def picture_of(figure) -> bytes:
-    """How a figure's picture looks: the largest picture, canvas, drawing or row of pieces in it that is visible."""
+    """How a figure's frame looks. Not its image: that is the sheet of all frames, cut off, with the slider over it."""
     figure.page.wait_for_timeout(100)
-    parts = figure.locator(".moving-view, .moving-rows, canvas, svg, img")
-    shown = [part for part in parts.all() if part.is_visible()]
-    assert shown, "a figure that moves shows no picture"
-    return max(shown, key=lambda part: part.bounding_box()["width"] * part.bounding_box()["height"]).screenshot()
+    (shown,) = [part for part in figure.locator(".moving-view, .moving-rows.moving-live").all() if part.is_visible()]
+    return shown.screenshot()
 
 
 def test_sliders_change_the_picture(visit):
-    figures = visit.page.locator("figure:has(input[type=range]), figure:has(.moving-word)")
+    figures, names = visit.page.locator(FIGURES), []
     for figure in figures.all():
+        names.append(", ".join(figure.locator("label span").all_inner_texts()) or "words")
+        assert figure.evaluate("box => box.outerHTML.length") < 400_000
         figure.scroll_into_view_if_needed()
         for slider in figure.locator("input[type=range]").all():
             assert slider.is_visible() and slider.evaluate("box => box.labels.length || box.ariaLabel")
@@ -178,6 +187,22 @@ def test_sliders_change_the_picture(visit):
             word.focus()
             assert picture_of(figure) != first, "a word is chosen and the picture does not change"
             word.blur()
+    assert names == MOVING.get(Path(visit.name).stem, [])
+
+
+def test_the_tab_key_goes_through_a_figure_and_is_seen(visit):
+    for figure in visit.page.locator(FIGURES).all():
+        controls = [c for c in figure.locator("input, button").all() if c.is_visible()]
+        assert all(control.evaluate("box => box.tabIndex >= 0") for control in controls)
+        controls[0].focus()
+        for control in controls:
+            assert control.evaluate("box => box === document.activeElement"), "the Tab key goes elsewhere"
+            visit.page.keyboard.press("Shift")  # the last thing used is the keyboard: the focus is drawn
+            look = "box => [getComputedStyle(box).outlineStyle, parseFloat(getComputedStyle(box).outlineWidth)]"
+            style, width = control.evaluate(look)
+            assert style != "none" and width >= 2, "the focus cannot be seen"
+            visit.page.keyboard.press("Tab")
+        assert not figure.evaluate("box => box.contains(document.activeElement)"), "the Tab key does not get out"
 
 
 def test_a_phone_scrolls_no_page_sideways(visit):
@@ -246,6 +271,28 @@ def test_what_measures_a_page_finds_faults(browser, book):
     assert ["pale" in line for line in visit.page.evaluate(FAINT)[1]] == [True]
     assert any("wide" in line for line in visit.page.evaluate(CUT_OFF))
     assert any("example.org" in url for url in visit.asked) and visit.said
+    visit.context.close()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("chapter", MOVING)
+def test_figures_move_under_a_finger(browser, book, chapter, theme):
+    """On a phone each control is on the screen, large enough for a finger (WCAG 2.5.8: 24 px), and answers a tap."""
+    visit = Visit(browser, book, f"book/{chapter}.html", has_touch=True)
+    visit.size(PHONE)
+    visit.theme(theme)
+    for figure in visit.page.locator(FIGURES).all():
+        figure.scroll_into_view_if_needed()
+        for control in figure.locator("input, button").all():
+            box = control.bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"]
+            assert min(box["width"], box["height"]) >= 24
+        control, looks = figure.locator("input[type=range], .moving-word").last, {picture_of(figure)}
+        for part in (0.03, 0.97):  # a slider may stand at one end already
+            box = control.bounding_box()
+            control.tap(position={"x": part * box["width"], "y": box["height"] / 2})
+            looks.add(picture_of(figure))
+        assert len(looks) > 1, "a finger changes nothing"
     visit.context.close()
 
 
@@ -325,14 +372,16 @@ def test_on_the_web_the_download_button_saves_and_results_have_extracts(browser,
 
 def test_without_scripts_everything_can_be_read(browser, book):
     """Solutions stand open (in one chapter, since all fold alike), and a figure that moves is a still picture."""
-    moving = [page for page in PAGES if re.search(r"<figure|moving-word", (book / page).read_text("utf-8"))]
+    moving = [f"book/{chapter}.html" for chapter in MOVING]
     page = browser.new_page(java_script_enabled=False)
     seen = "boxes => boxes.map(box => box.checkVisibility())"
     for name in {f"{CHAPTERS[0]}.html", *moving}:
         page.goto((book / name).as_uri())
         inside = page.locator(f":is({FOLDS}) > :not(.admonition-title)").evaluate_all(seen)
         assert all(inside) and (inside or name != f"{CHAPTERS[0]}.html"), name
-        for figure in page.locator("figure:has(input[type=range]), figure:has(.moving-word)").all():
+        figures = page.locator(FIGURES).all()
+        assert len(figures) == len(MOVING.get(Path(name).stem, []))
+        for figure in figures:
             assert any(figure.locator("img, .moving-still").evaluate_all(seen)), name
     page.context.close()
 

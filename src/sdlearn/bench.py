@@ -1,0 +1,252 @@
+"""our networks and diffusers' -> their times, side by side, on the same weights. Chapter 19 explains the table."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sdlearn.clip import CLIPTextConfig, CLIPTextEncoder
+from sdlearn.pipeline import StableDiffusion, pick_device
+from sdlearn.saving import save_pipeline, save_single_file
+from sdlearn.schedule import Schedule
+from sdlearn.tokenizer import Tokenizer
+from sdlearn.unet import UNet, UNetConfig
+from sdlearn.vae import VAE, VAEConfig
+from sdlearn.weights import empty
+
+PARTS = ("unet", "vae", "text", "load", "tiny")
+FULL = (CLIPTextConfig(), VAEConfig(), UNetConfig())
+SMALL = (  # the same layers, for a quick look
+    CLIPTextConfig(width=64, layers=2, heads=4),
+    VAEConfig((32, 32, 64, 64), blocks=1),
+    UNetConfig((32, 64, 64, 64), blocks=1, context_width=64),
+)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROMPT = "a red apple on a blue background"
+OURS = """
+from sdlearn.pipeline import StableDiffusion
+sd = StableDiffusion.load({path!r}, {device!r}, torch.{dtype}, fast=True)
+next(sd.steps({prompt!r}, steps=2, sampler="ddim", seed=0, width={size}, height={size}))
+"""
+THEIRS = """
+from diffusers import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_single_file({path!r}, config={config!r}, dtype=torch.{dtype},
+                                                local_files_only=True, safety_checker=None).to({device!r})
+pipe.set_progress_bar_config(disable=True)
+pipe({prompt!r}, num_inference_steps=1, output_type="latent", width={size}, height={size})
+"""
+TINY = """
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained({path!r}, dtype=torch.float32, safety_checker=None)
+pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+pipe.set_progress_bar_config(disable=True)
+pipe({prompt!r}, num_inference_steps=50, width=128, height=128).images[0].save({output!r})
+"""
+MEASURED = """
+import resource, sys, time
+started = time.perf_counter()
+import torch
+torch.set_num_threads({threads})
+{script}
+print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians of one comparison, in seconds, or in GiB for memory."""
+
+    name: str
+    ours: float
+    theirs: float
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.theirs
+
+
+def alternate(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> tuple[list, list]:
+    """What both give, in turns, so that whatever else the machine does meets both; one round before does not count."""
+    found = [(ours(), theirs()) for _ in range(repeats + 1)][1:]
+    return [a for a, _ in found], [b for _, b in found]
+
+
+def timer(work: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """Seconds of one call, with everything that it started on the device finished."""
+
+    def wait() -> None:
+        if device.type in ("cuda", "mps"):
+            getattr(torch, device.type).synchronize()
+
+    @torch.inference_mode()
+    def timed() -> float:
+        wait()
+        started = time.perf_counter()
+        work()
+        wait()
+        return time.perf_counter() - started
+
+    return timed
+
+
+def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object], device: torch.device,
+            repeats: int) -> Row:  # fmt: skip
+    mine, other = alternate(timer(ours, device), timer(theirs, device), repeats)
+    return Row(name, statistics.median(mine), statistics.median(other))
+
+
+def random_model(make: type[nn.Module], config: object, dtype: torch.dtype) -> nn.Module:
+    """A network of random weights that keep activations near one; made in its final precision, cheaply."""
+    model = empty(make, config).to_empty(device="cpu").to(dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1:
+                p.normal_(0, min(0.02, p[0].numel() ** -0.5))
+            else:
+                p.fill_(float("norm" in name and name.endswith("weight")))
+    return model.eval()
+
+
+def write_models(folder: Path, sizes: tuple, dtype: torch.dtype, size: int) -> Path:
+    """The same random weights as a diffusers folder and as a single file; returns the file."""
+    text, vae, unet = (random_model(m, c, dtype) for m, c in zip((CLIPTextEncoder, VAE, UNet), sizes, strict=True))
+    parts = Tokenizer.clip(), text, vae, unet, Schedule()
+    save_pipeline(folder, *parts, dtype=dtype, size=size)
+    save_single_file(folder / "model.safetensors", *parts[1:4], dtype=dtype)
+    return folder / "model.safetensors"
+
+
+def networks(folder: Path, device: torch.device, dtype: torch.dtype, size: int, parts: list[str], repeats: int,
+             compiled: bool) -> list[Row]:  # fmt: skip
+    """One call of each network, eager and, if wanted, compiled."""
+    import transformers
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    sd = StableDiffusion.load(folder, device, dtype, fast=True)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, safety_checker=None).to(device)
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.vae.to(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    side = size // sd.factor
+    xt, context, latents = noise(2, 4, side, side), noise(2, 77, sd.text_encoder.config.width), noise(1, 4, side, side)
+    tokens, t = sd.tokenizer([PROMPT, ""]).to(device), torch.tensor([500, 500], device=device)
+    scale = sd.vae.config.scale
+    rows = []
+    if "unet" in parts:
+        ours, theirs = lambda: sd.unet(xt, t, context), lambda: pipe.unet(xt, 500, context).sample
+        rows.append(compare("U-Net step, two halves", ours, theirs, device, repeats))
+        if compiled:
+            torch._inductor.config.freezing = device.type == "cpu"  # weights become constants, laid out for the kernels
+            fast, other = torch.compile(sd.unet), torch.compile(pipe.unet)
+            ours, plain = lambda: fast(xt, t, context), theirs
+            theirs = lambda: other(xt, 500, context).sample  # noqa: E731
+            rows.append(compare("U-Net step, both compiled", ours, theirs, device, repeats))
+            rows.append(compare("U-Net step, compiled, to eager", ours, plain, device, repeats))
+    if "vae" in parts:
+        ours, theirs = lambda: sd.vae.decode(latents), lambda: pipe.vae.decode(latents / scale).sample
+        rows.append(compare("VAE decode", ours, theirs, device, repeats))
+    if "text" in parts:
+        ours, theirs = lambda: sd.text_encoder(tokens), lambda: pipe.text_encoder(tokens).last_hidden_state
+        rows.append(compare("text encoder, two prompts", ours, theirs, device, repeats))
+    return rows
+
+
+def in_a_process(script: str, threads: int) -> tuple[float, float]:
+    """Seconds, and the most memory in GiB, of a fresh Python that runs the script, imports included."""
+    code = MEASURED.format(script=script, threads=threads)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"a process of the benchmark failed: {done.stderr.strip().splitlines()[-1]}")
+    seconds, memory = map(float, done.stdout.split()[-2:])
+    return seconds, memory
+
+
+def loading(file: Path, device: torch.device, dtype: torch.dtype, size: int, repeats: int, threads: int) -> list[Row]:
+    """From nothing to the first step: whole processes."""
+    words = {"path": str(file), "config": str(file.parent), "device": str(device), "prompt": PROMPT, "size": size,
+             "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+    ours, theirs = (lambda script=script: in_a_process(script.format(**words), threads) for script in (OURS, THEIRS))
+    both = alternate(ours, theirs, repeats)
+    names = f"single file to first step, {file.stat().st_size / 1e9:.1f} GB", "  its peak memory, GiB"
+    return [Row(name, *(statistics.median(x[i] for x in side) for side in both)) for i, name in enumerate(names)]
+
+
+def tiny_process(model: Path, repeats: int, threads: int) -> Row:
+    """One picture of 50 steps by the tiny model, from the shell's prompt to the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        mine, other = Path(folder) / "ours.png", Path(folder) / "theirs.png"
+        command = ["txt2img", PROMPT, "--model", str(model), "-o", str(mine), "--device", "cpu"]
+        ours = f"from sdlearn.cli import main\nassert main({command!r}) == 0"
+        theirs = TINY.format(path=str(model), prompt=PROMPT, output=str(other))
+        both = alternate(lambda: in_a_process(ours, threads), lambda: in_a_process(theirs, threads), repeats)
+    return Row("tiny model, whole process", *(statistics.median(x[0] for x in side) for side in both))
+
+
+def table_of(rows: list[Row], about: dict[str, str]) -> str:
+    """The rows as text, with what they were measured on."""
+    lines = [", ".join(f"{name} {value}" for name, value in about.items())]
+    lines.append(f"{'seconds (medians)':34}{'ours':>9}{'diffusers':>11}{'ratio':>8}")
+    return "\n".join(lines + [f"{r.name:34}{r.ours:9.3f}{r.theirs:11.3f}{r.ratio:8.2f}" for r in rows])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
+    parser.add_argument("--size", type=int, default=512, metavar="PX", help="side of the picture (512)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(bf16)")
+    parser.add_argument("--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is there)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of a CPU")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements of each, medians count (3)")
+    parser.add_argument("--compile", action="store_true", help="also compile both U-Nets (minutes)")
+    parser.add_argument("--small", action="store_true", help="small networks: does it run?")
+    parser.add_argument("--model", type=Path, default=Path("checkpoints/tiny"), help="the tiny model")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+
+
+def main(args: argparse.Namespace) -> None:
+    """`sdlearn bench`: the table."""
+    if unknown := set(args.parts) - set(PARTS):
+        raise ValueError(f"part {min(unknown)!r} is unknown: choose from {', '.join(PARTS)}")
+    if args.repeats < 1 or args.threads < 1:
+        raise ValueError(f"--repeats {args.repeats} and --threads {args.threads}: give at least 1 of each")
+    if args.size < 64 or args.size % 64:
+        raise ValueError(f"--size {args.size}: give a multiple of 64 pixels")
+    parts, device, dtype = args.parts or list(PARTS), pick_device(args.device), DTYPES[args.dtype]
+    torch.set_num_threads(args.threads)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what libraries tell would stand in the table's way
+    about = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    about |= {"device": f"{device} ({name})", "threads": str(args.threads), "dtype": args.dtype, "size": str(args.size)}
+    rows = []
+    if set(parts) - {"tiny"}:
+        with tempfile.TemporaryDirectory() as folder:
+            file = write_models(Path(folder), SMALL if args.small else FULL, dtype, args.size)
+            if set(parts) & {"unet", "vae", "text"}:
+                rows += networks(Path(folder), device, dtype, args.size, parts, args.repeats, args.compile)
+            if "load" in parts:
+                if args.small:
+                    raise ValueError("a single file has Stable Diffusion's sizes: leave out --small, or load")
+                rows += loading(file, device, dtype, args.size, args.repeats, args.threads)
+    if "tiny" in parts:
+        rows.append(tiny_process(args.model, args.repeats, args.threads))
+    print(table_of(rows, about))
+    if args.json:
+        args.json.write_text(json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")

@@ -39,10 +39,10 @@ def test_a_process_is_measured_and_its_failure_told():
 @pytest.mark.slow
 def test_a_small_run(tmp_path, capsys):
     json_file = tmp_path / "figures.json"
-    words = f"bench unet vae text --small --size 64 --repeats 1 --device cpu --threads 1 --json {json_file}"
+    words = f"bench unet vae text tiles --small --size 64 --repeats 1 --device cpu --threads 1 --json {json_file}"
     assert main(words.split()) == 0
     text, rows = capsys.readouterr().out, json.loads(json_file.read_text())["rows"]
-    assert [row["name"].split()[0] for row in rows] == ["U-Net", "VAE", "text"]
+    assert [row["name"].split()[0] for row in rows] == ["U-Net", "VAE", "text", "tiled", "its"]
     assert all(row["ours"] > 0 and row["theirs"] > 0 for row in rows) and "ratio" in text
 
 

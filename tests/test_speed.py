@@ -1,6 +1,7 @@
 """Faster forms give the answers of the simple ones; tiles meet without seams; nothing is made on the wrong device."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ from sdlearn import speed
 from sdlearn.attention import Attention
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.scenes import parse
-from sdlearn.speed import FastAttention, TiledVAE, faster, places, ramp, sliced_attention, tiled
+from sdlearn.speed import FastAttention, TiledVAE, compiled, faster, places, ramp, sliced_attention, tiled
 from sdlearn.tasks import to_tensor
-from sdlearn.unet import UNet, record_attention
+from sdlearn.unet import UNet, UNetConfig, record_attention
 from sdlearn.vae import VAE
 from sdlearn.weights import load_vae
 
@@ -147,6 +148,28 @@ def test_a_tiled_vae():
     for tile, overlap in ((16, 0), (16, 9)):
         with pytest.raises(ValueError, match="overlap"):
             TiledVAE(vae, tile, overlap)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="no C++ compiler is here")
+def test_a_compiled_unet_answers_the_same_for_every_picture_with_one_compilation():
+    torch.manual_seed(0)
+    plain = UNet(UNetConfig((32,), (True,), heads=(2,), blocks=1, context_width=16)).eval()
+    fast = compiled(faster(copy.deepcopy(plain)))
+    x, t, made = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), []
+    with torch.inference_mode():
+        for _ in range(3):  # three pictures, of two steps each
+            context = torch.randn(2, 77, 16)
+            for _ in range(2):
+                torch.testing.assert_close(fast(x, t, context), plain(x, t, context), atol=1e-4, rtol=1e-4)
+            made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert made[0] > 0 and made[1] == made[2] <= made[0] + 1
+
+
+def test_compiling_without_a_compiler_is_told(monkeypatch):
+    monkeypatch.setattr(speed.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="install g"):
+        compiled(UNet(SMALL_UNET))
 
 
 def test_memory_of_a_tiled_decode_does_not_grow_with_the_picture():

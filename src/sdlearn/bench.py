@@ -26,7 +26,7 @@ from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
 from sdlearn.weights import empty
 
-PARTS = ("unet", "vae", "text", "load", "tiny")
+PARTS = ("unet", "vae", "text", "load", "tiles", "tiny")
 FULL = (CLIPTextConfig(), VAEConfig(), UNetConfig())
 SMALL = (  # the same layers, for a quick look
     CLIPTextConfig(width=64, layers=2, heads=4),
@@ -46,6 +46,21 @@ pipe = StableDiffusionPipeline.from_single_file({path!r}, config={config!r}, dty
                                                 local_files_only=True, safety_checker=None).to({device!r})
 pipe.set_progress_bar_config(disable=True)
 pipe({prompt!r}, num_inference_steps=1, output_type="latent", width={size}, height={size})
+"""
+OUR_TILES = """
+from sdlearn.speed import TiledVAE
+from sdlearn.weights import load_vae
+vae = TiledVAE(load_vae({path!r}, torch.{dtype}, device={device!r}, layout=torch.channels_last))
+with torch.inference_mode():
+    vae.decode(torch.zeros(1, 4, {side}, {side}, dtype=torch.{dtype}, device={device!r}))
+"""
+THEIR_TILES = """
+from diffusers import AutoencoderKL
+vae = AutoencoderKL.from_pretrained({path!r}, subfolder="vae", dtype=torch.{dtype})
+vae = vae.to({device!r}, memory_format=torch.channels_last)
+vae.enable_tiling()
+with torch.inference_mode():
+    vae.decode(torch.zeros(1, 4, {side}, {side}, dtype=torch.{dtype}, device={device!r}))
 """
 TINY = """
 from diffusers import DDPMScheduler, StableDiffusionPipeline
@@ -120,11 +135,11 @@ def random_model(make: type[nn.Module], config: object, dtype: torch.dtype) -> n
 
 
 def write_models(folder: Path, sizes: tuple, dtype: torch.dtype, size: int) -> Path:
-    """The same random weights as a diffusers folder and as a single file; returns the file."""
+    """The same random weights as a diffusers folder, and as a 32-bit single file, as published; returns the file."""
     text, vae, unet = (random_model(m, c, dtype) for m, c in zip((CLIPTextEncoder, VAE, UNet), sizes, strict=True))
     parts = Tokenizer.clip(), text, vae, unet, Schedule()
     save_pipeline(folder, *parts, dtype=dtype, size=size)
-    save_single_file(folder / "model.safetensors", *parts[1:4], dtype=dtype)
+    save_single_file(folder / "model.safetensors", *parts[1:4], dtype=torch.float32)
     return folder / "model.safetensors"
 
 
@@ -180,14 +195,27 @@ def in_a_process(script: str, threads: int) -> tuple[float, float]:
     return seconds, memory
 
 
+def whole_processes(names: tuple[str, str], scripts: tuple[str, str], words: dict[str, object], repeats: int,
+                    threads: int) -> list[Row]:  # fmt: skip
+    """Seconds and peak memory of two scripts, each in a fresh Python."""
+    ours, theirs = (lambda script=script: in_a_process(script.format(**words), threads) for script in scripts)
+    both = alternate(ours, theirs, repeats)
+    return [Row(name, *(statistics.median(x[i] for x in side) for side in both)) for i, name in enumerate(names)]
+
+
 def loading(file: Path, device: torch.device, dtype: torch.dtype, size: int, repeats: int, threads: int) -> list[Row]:
-    """From nothing to the first step: whole processes."""
+    """From nothing to the first step."""
     words = {"path": str(file), "config": str(file.parent), "device": str(device), "prompt": PROMPT, "size": size,
              "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
-    ours, theirs = (lambda script=script: in_a_process(script.format(**words), threads) for script in (OURS, THEIRS))
-    both = alternate(ours, theirs, repeats)
     names = f"single file to first step, {file.stat().st_size / 1e9:.1f} GB", "  its peak memory, GiB"
-    return [Row(name, *(statistics.median(x[i] for x in side) for side in both)) for i, name in enumerate(names)]
+    return whole_processes(names, (OURS, THEIRS), words, repeats, threads)
+
+
+def tiles(folder: Path, device: torch.device, dtype: torch.dtype, size: int, threads: int) -> list[Row]:
+    """A picture with four times the side, decoded in tiles; once, since it takes long."""
+    words = {"path": str(folder), "device": str(device), "side": size // 2, "dtype": str(dtype).removeprefix("torch.")}
+    names = f"tiled decode, {4 * size} pixels", "  its peak memory, GiB"
+    return whole_processes(names, (OUR_TILES, THEIR_TILES), words, 1, threads)
 
 
 def tiny_process(model: Path, repeats: int, threads: int) -> Row:
@@ -245,6 +273,8 @@ def main(args: argparse.Namespace) -> None:
                 if args.small:
                     raise ValueError("a single file has Stable Diffusion's sizes: leave out --small, or load")
                 rows += loading(file, device, dtype, args.size, args.repeats, args.threads)
+            if "tiles" in parts:
+                rows += tiles(Path(folder), device, dtype, args.size, args.threads)
     if "tiny" in parts:
         rows.append(tiny_process(args.model, args.repeats, args.threads))
     print(table_of(rows, about))

@@ -62,6 +62,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offload", action="store_true", help="keep only the network at work on the device")
     parser.add_argument("--tiled", action="store_true", help="let the VAE work in tiles: large pictures, little memory")
     parser.add_argument("--fast", action="store_true", help="attention in its fast form (chapter 19)")
+    parser.add_argument("--compile", action="store_true", help="compile the U-Net: minutes first, then faster steps")
     parser.add_argument("--ema", action="store_true", help="a file's averaged U-Net instead of the plain one")
     parser.add_argument("--vae", metavar="PATH", help="another VAE, a file or a folder")
     parser.add_argument("-o", "--output", type=Path, default=Path(OUTPUT), metavar="PATH",
@@ -119,7 +120,7 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     vae = find_model(args.vae) if args.vae else None
     return StableDiffusion.load(find_model(args.model), args.device, dtype, args.offload, args.ema, vae, args.tiled,
-                                args.fast)  # fmt: skip
+                                args.fast, args.compile)  # fmt: skip
 
 
 def draw(model: StableDiffusion, args: argparse.Namespace, label: str, **more: object) -> tuple[list[Image], list[str]]:

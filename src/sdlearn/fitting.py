@@ -77,6 +77,7 @@ def check_numbers(tensor: Tensor, converted: Tensor, name: str, source: str | Pa
     """No NaN and no infinity, neither from the file nor from the conversion; one look at smallest and largest."""
 
     def finite(x: Tensor) -> bool:
+        x = x.movedim(1, -1) if x.ndim == 4 and not x.is_contiguous() else x  # in memory's own order
         return not x.numel() or all(map(math.isfinite, torch.aminmax(x if x.itemsize > 1 else x.float())))
 
     if not finite(converted):

@@ -20,6 +20,7 @@ from sdlearn.pictures import open_image, to_image, to_tensor
 from sdlearn.saving import save_pipeline
 from sdlearn.schedule import Schedule, add_noise
 from sdlearn.speed import TiledVAE, faster
+from sdlearn.speed import compiled as compile_blocks
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.unet import UNet
 from sdlearn.vae import VAE
@@ -98,12 +99,13 @@ class Placement:
 
     dtype is what they compute in. offload keeps only the one at work on the device.
     size: the side in pixels of the pictures that they were trained on. tiled: the VAE works in tiles; fast: attention
-    takes its fast form; both are chapter 19's.
+    takes its fast form; compiled: the U-Net's blocks are compiled at the first step; all three are chapter 19's.
     """
 
     def __init__(self, tokenizer: Tokenizer, text_encoder: CLIPTextEncoder, vae: VAE, unet: UNet, schedule: Schedule,
                  size: int = 512, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
-                 offload: bool = False, name: str = "", tiled: bool = False, fast: bool = False):  # fmt: skip
+                 offload: bool = False, name: str = "", tiled: bool = False, fast: bool = False,
+                 compiled: bool = False):  # fmt: skip
         check_fit(tokenizer, text_encoder, vae, unet)
         self.device = pick_device(device)
         self.dtype = dtype or default_dtype(self.device)
@@ -117,22 +119,24 @@ class Placement:
         if fast:
             for network in (self.text_encoder, self.vae, self.unet):
                 faster(network)
+        if compiled:
+            compile_blocks(self.unet)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
              offload: bool = False, ema: bool = False, vae: str | Path | None = None, tiled: bool = False,
-             fast: bool = False) -> Self:  # fmt: skip
+             fast: bool = False, compiled: bool = False) -> Self:  # fmt: skip
         """From a diffusers folder, an SD 1 file, or OWNER/NAME of the hub.
 
         device None: cuda, else mps, else cpu; dtype None: float16 on cuda, else float32. offload: keep only the network
-        at work on the device. ema: a file's averaged U-Net; vae: another VAE (both chapter 11's). tiled, fast: chapter
-        19's.
+        at work on the device. ema: a file's averaged U-Net; vae: another VAE (both chapter 11's). tiled, fast,
+        compiled: chapter 19's.
         """
         device = pick_device(device)  # a wrong one is told before gigabytes are read
         name = Path(path).resolve().name.removesuffix(".safetensors").removesuffix(".ckpt")
         dtype = dtype or default_dtype(device)
         parts = load(path, dtype, "cpu" if offload else device, torch.channels_last, ema, vae)
-        return cls(*parts, device, dtype, offload, name, tiled, fast)
+        return cls(*parts, device, dtype, offload, name, tiled, fast, compiled)
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = torch.float16) -> None:
         """Write everything in diffusers' folder layout."""

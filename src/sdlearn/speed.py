@@ -2,6 +2,7 @@
 Exported from book/19_speed.ipynb by `make export`; edit it there.
 """
 
+import shutil
 from collections.abc import Callable
 
 import torch
@@ -9,9 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdlearn.attention import Attention
+from sdlearn.blocks import ResBlock
+from sdlearn.unet import SpatialTransformer
 from sdlearn.vae import VAE, DiagonalGaussian
 
-__all__ = ["LARGE", "BLOCK", "sliced_attention", "FastAttention", "places", "ramp", "tiled", "faster", "TiledVAE"]
+__all__ = [
+    "LARGE",
+    "BLOCK",
+    "sliced_attention",
+    "FastAttention",
+    "places",
+    "ramp",
+    "tiled",
+    "faster",
+    "TiledVAE",
+    "compiled",
+]
 
 LARGE = 2**20  # weights of one head, from which slices pay
 BLOCK = 2**22  # weights that are alive at once: 8 MB in 16 bits, what a processor's cache can hold
@@ -155,3 +169,20 @@ class TiledVAE(nn.Module):
             return self.vae.decode(latents[..., rows, columns])
 
         return tiled(pixels, tuple(latents.shape[-2:]), self.tile, self.overlap, self.factor)
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    """Let PyTorch write a program for each block of a U-Net when it first runs, small operations joined; in place.
+
+    It takes minutes, and again for each new size of the latents. Raises ValueError where a CPU's compiler is missing.
+    """
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    if on_cpu and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        raise ValueError("compiling for a CPU wants a C++ compiler, and none is there: install g++, or do not compile")
+    torch._dynamo.config.recompile_limit = 64  # the blocks have one code, and many sizes
+    for part in network.modules():
+        if isinstance(part, FastAttention):
+            part.words = torch.compiler.disable(part.words)  # what is remembered changes from picture to picture
+        elif isinstance(part, ResBlock | SpatialTransformer):
+            part.compile(dynamic=False)
+    return network

@@ -19,3 +19,9 @@ const sizes = new ResizeObserver((changes) => changes.forEach((change) => mark(c
 const boxes = ".bd-article :is(.wide-figure, pre, table, div.math, .pst-scrollable-table-container, .output)";
 for (const box of document.querySelectorAll(boxes)) sizes.observe(box);
 window.MathJax?.startup?.promise?.then(() => document.querySelectorAll("mjx-container").forEach(mark));
+
+// "Solution to Exercise 1": the space stands before the link, not underlined within it.
+for (const link of document.querySelectorAll(".solution > .admonition-title > a")) {
+  link.before(" ");
+  link.firstChild.textContent = link.firstChild.textContent.trimStart();
+}

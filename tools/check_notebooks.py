@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -30,8 +31,8 @@ LINES, LONG_LINES, BYTES = 25, 60, 1_000_000
 
 
 def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """A copy with stable ids and without what changes from machine to machine."""
-    notebook = copy.deepcopy(notebook)
+    """A copy with stable ids, whole streams of text, and without what changes from machine to machine."""
+    notebook, _ = CoalesceStreamsPreprocessor().preprocess(copy.deepcopy(notebook), {})
     notebook.nbformat_minor = max(notebook.nbformat_minor, 5)
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": LANGUAGE})
     for i, cell in enumerate(notebook.cells):

@@ -97,9 +97,9 @@ class PromptCut(UserWarning):
 class Placement:
     """The three networks: where they live, and in what form.
 
-    dtype is what they compute in. offload keeps only the one at work on the device.
-    size: the side in pixels of the pictures that they were trained on. tiled: the VAE works in tiles; fast: attention
-    takes its fast form; compiled: the U-Net's blocks are compiled at the first step; all three are chapter 19's.
+    dtype: what they compute in. offload: only the one at work is on the device. size: the side in pixels of the
+    pictures that they were trained on. Chapter 19's: tiled, the VAE works in tiles; fast, attention takes its fast
+    form; compiled, the U-Net's blocks are compiled at the first step.
     """
 
     def __init__(self, tokenizer: Tokenizer, text_encoder: CLIPTextEncoder, vae: VAE, unet: UNet, schedule: Schedule,
@@ -128,14 +128,12 @@ class Placement:
              fast: bool = False, compiled: bool = False) -> Self:  # fmt: skip
         """From a diffusers folder, an SD 1 file, or OWNER/NAME of the hub.
 
-        device None: cuda, else mps, else cpu; dtype None: float16 on cuda, else float32. offload: keep only the network
-        at work on the device. ema: a file's averaged U-Net; vae: another VAE (both chapter 11's). tiled, fast,
-        compiled: chapter 19's.
+        device None: cuda, else mps, else cpu; dtype None: float16 on cuda, else float32. ema: a file's averaged U-Net;
+        vae: another VAE (both chapter 11's). offload, tiled, fast, compiled: as the class says.
         """
         device = pick_device(device)  # a wrong one is told before gigabytes are read
         name = Path(path).resolve().name.removesuffix(".safetensors").removesuffix(".ckpt")
-        dtype = dtype or default_dtype(device)
-        parts = load(path, dtype, "cpu" if offload else device, torch.channels_last, ema, vae)
+        parts = load(path, dtype or default_dtype(device), "cpu" if offload else device, torch.channels_last, ema, vae)
         return cls(*parts, device, dtype, offload, name, tiled, fast, compiled)
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = torch.float16) -> None:

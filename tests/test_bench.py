@@ -32,6 +32,8 @@ def test_table():
 def test_a_process_is_measured_and_its_failure_told():
     seconds, memory = in_a_process("import time; time.sleep(0.2); x = bytearray(300 * 2**20)", 1)
     assert 0.2 < seconds < 60 and memory > 0.3
+    large = torch.ones(2**28)  # 1 GiB of ours is not theirs
+    assert in_a_process("", 1)[1] < 0.9 < large.nbytes / 2**30
     with pytest.raises(ValueError, match="failed: ZeroDivisionError"):
         in_a_process("1 / 0", 1)
 

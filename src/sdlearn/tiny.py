@@ -144,17 +144,19 @@ def export(runs: Path, folder: Path) -> None:
 def keep_previews(source: Path, target: Path, most: int = 8) -> None:
     """The U-Net's previews, as JPEG; of many, `most`: early ones close together, the first and the last among them."""
     target.mkdir(parents=True, exist_ok=True)
-    previews = sorted(source.glob("preview-*.*"))
     for old in target.glob("preview-*"):
         old.unlink()
-    last = len(previews) - 1
-    places = [max(round((10 ** (i / (most - 1)) - 1) / 9 * last), i) for i in range(most)]
-    for place in places if last >= most else range(last + 1):
-        if previews[place].suffix == ".jpg":  # kept before: not compressed twice
-            shutil.copyfile(previews[place], target / previews[place].name)
-        else:
-            with Image.open(previews[place]) as preview:
-                preview.save(target / f"{previews[place].stem}.jpg", quality=90)
+    left = {int(path.stem.split("-")[1]): path for path in source.glob("preview-*.*")}
+    first, last = min(left, default=1), max(left, default=1)
+    wanted = [first * (last / first) ** (i / (most - 1)) for i in range(most)]
+    for moment in wanted[-1:] + wanted[:-1]:  # the last one must not be taken for another
+        if left:
+            preview = left.pop(min(left, key=lambda step, moment=moment: abs(step - moment)))
+            if preview.suffix == ".jpg":  # kept before: not compressed twice
+                shutil.copyfile(preview, target / preview.name)
+            else:
+                with Image.open(preview) as picture:
+                    picture.save(target / f"{preview.stem}.jpg", quality=90)
 
 
 def begin(runs: Path, folder: Path) -> None:

@@ -37,7 +37,21 @@ def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i:03d}"
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k in ("tags", "mystnb") and v})
+        if cell.cell_type == "code":
+            cell.outputs = whole_lines(cell.outputs)
     return notebook
+
+
+def whole_lines(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Printed pieces that end within a line are joined to the next one; the book would break the line there."""
+    whole: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        goes_on = whole and output.output_type == whole[-1].output_type == "stream" and output.name == whole[-1].name
+        if goes_on and not whole[-1].text.endswith("\n"):
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    return whole
 
 
 def output_text(output: nbformat.NotebookNode) -> str:

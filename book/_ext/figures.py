@@ -57,7 +57,9 @@ def dress_images(app: Sphinx, doctree: nodes.document, page: str) -> None:
         image.attributes.pop("height", None)  # it follows from the width; given, it would not shrink on a phone
         if "fits" in image["classes"] or not path.is_file() or not is_wide(path, str(image.get("width", ""))):
             continue
-        if isinstance(image.parent, nodes.container):
+        if isinstance(image.parent, nodes.container | nodes.figure):
+            if isinstance(image.parent, nodes.figure):
+                image.attributes.pop("width", None)  # it would not let the picture be wider than a phone
             box = nodes.container(classes=["wide-figure"])
             image.replace_self(box)
             box += image

@@ -25,3 +25,15 @@ for (const link of document.querySelectorAll(".solution > .admonition-title > a"
   link.before(" ");
   link.firstChild.textContent = link.firstChild.textContent.trimStart();
 }
+
+// A comma or a full stop after a formula does not begin the next line.
+for (const formula of document.querySelectorAll(".bd-article span.math")) {
+  const after = formula.nextSibling;
+  const marks = after?.nodeType === Node.TEXT_NODE ? after.data.match(/^[.,:;!?)\u2019\u201d]+/)?.[0] : "";
+  if (!marks) continue;
+  const pair = document.createElement("span");
+  pair.className = "with-formula";
+  formula.before(pair);
+  after.data = after.data.slice(marks.length);
+  pair.append(formula, marks);
+}

@@ -97,9 +97,8 @@ class PromptCut(UserWarning):
 class Placement:
     """The three networks: where they live, and in what form.
 
-    dtype: what they compute in. offload: only the one at work is on the device. size: the side in pixels of the
-    pictures that they were trained on. Chapter 19's: tiled, the VAE works in tiles; fast, attention takes its fast
-    form; compiled, the U-Net's blocks are compiled at the first step.
+    dtype: what they compute in. offload: only the one at work is on the device. size: in pixels, as in training.
+    Chapter 19's: tiled, the VAE works in tiles; fast, attention takes its fast form; compiled, the U-Net is compiled.
     """
 
     def __init__(self, tokenizer: Tokenizer, text_encoder: CLIPTextEncoder, vae: VAE, unet: UNet, schedule: Schedule,

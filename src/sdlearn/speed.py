@@ -125,7 +125,7 @@ def tiled(work: Callable[[slice, slice], Tensor], size: tuple[int, int], tile: i
 def faster(network: nn.Module, sliced: bool | None = None) -> nn.Module:
     """Put a `FastAttention` in the place of every attention, in place; the weights stay the same tensors.
 
-    sliced None: on a CPU in 16 bits, where it was measured to be faster than `scaled_dot_product_attention`.
+    sliced None: on a CPU in 16 bits, where some processors are faster so than with `scaled_dot_product_attention`.
     """
     for module in [*network.modules()]:
         for name, part in module.named_children():

@@ -13,6 +13,7 @@ from test_judge import Perfect
 
 from sdlearn import evaluate
 from sdlearn.evaluate import (
+    CEILINGS,
     PARTS,
     ROWS,
     draw,
@@ -27,6 +28,7 @@ from sdlearn.evaluate import (
 )
 from sdlearn.judge import Judge
 from sdlearn.scenes import RELATIONS, parse, split_of
+from sdlearn.tasks import to_tensor
 
 
 class Painter:
@@ -81,7 +83,7 @@ LOOK = evaluate.look
 def test_judged_pairs_every_picture_with_its_scene(monkeypatch):
     scenes = fresh_scenes(4, 0, things=2)
     monkeypatch.setattr(evaluate, "look", told(scenes))
-    pictures = [scene.render() for scene in scenes]
+    pictures = [to_tensor(scene.render()) for scene in scenes]
     assert all(verdict["all"] for verdict in judged(None, scenes, pictures))
     mirrored = [scene.mirrored() for scene in scenes]
     assert not any(verdict["relation"] for verdict in judged(None, mirrored, pictures))
@@ -112,11 +114,12 @@ def test_prompt_following_of_a_painter(monkeypatch, mirror):
 
     monkeypatch.setattr(evaluate, "fresh_scenes", remember)
     monkeypatch.setattr(evaluate, "look", look)
+    monkeypatch.setattr(evaluate, "remade", lambda model, scenes: [[to_tensor(s.render()) for s in scenes]] * 2)
     table = prompt_following(Recorder(), None, count=10)
     assert list(table) == list(ROWS)
     for row, values in table.items():
         pair = ROWS[row][1] == 2
-        assert values["objects"] == values["colours"] == values["background"] == values["judge on real scenes"] == 1
+        assert all(values[name] == 1 for name in ("objects", "colours", "background", *CEILINGS))
         assert values["relation"] == (float(not mirror)) if pair else math.isnan(values["relation"])
         assert values["all"] == float(not (mirror and pair))
 
@@ -125,20 +128,20 @@ def test_vae_psnr_of_a_vae_that_loses_nothing_but_a_little():
     def model(error):
         vae = SimpleNamespace(config=SimpleNamespace(scale=2.0), encode=lambda x: SimpleNamespace(mean=x / 2),
                               decode=lambda latents: latents.mul(1 - error))  # fmt: skip
-        return SimpleNamespace(vae=vae, device=torch.device("cpu"))
+        return SimpleNamespace(vae=vae, device=torch.device("cpu"), dtype=torch.float32)
 
     assert 20 < vae_psnr(model(0.1), count=20) < 35 < vae_psnr(model(0.01), count=20)
 
 
 def test_table():
-    values = dict.fromkeys(PARTS, 0.5) | {"judge on real scenes": 1.0, "relation": math.nan}
+    values = dict.fromkeys(PARTS, 0.5) | {"true pictures": 1.0, "through the VAE": 0.75, "relation": math.nan}
     text = table_of({"VAE PSNR, dB": 28.04, "CLIP retrieval": {"a": 0.5}, "attention overlap": {"inside": 0.25},
                      "words heard": {"colours": 0.75}, "prompt following": {"seen, one thing": values}})  # fmt: skip
     lines = text.splitlines()
     assert lines[0] == "VAE PSNR on fresh scenes: 28.0 dB"
     assert lines[1:4] == ["CLIP retrieval: a 0.50", "attention overlap: inside 0.25", "words heard: colours 0.75"]
-    assert lines[4].split() == ["prompt", "following", *PARTS, "judge", "on", "real", "scenes"]
-    assert lines[5].split()[3:] == ["0.50", "0.50", "0.50", "-", "0.50", "1.00"]
+    assert lines[4].split() == ["prompt", "following", *PARTS, *" ".join(CEILINGS).split()]
+    assert lines[5].split()[3:] == ["0.50", "0.50", "0.50", "-", "0.50", "1.00", "0.75"]
 
 
 def test_a_judge_is_saved_and_loaded(tmp_path):
@@ -235,7 +238,7 @@ def test_attention_overlap_of_a_random_model_is_that_of_the_area(monkeypatch):
 def test_main_prints_and_writes_every_figure(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(evaluate.StableDiffusion, "load", lambda path: None)
     monkeypatch.setattr(evaluate, "load_judge", lambda path: None)
-    row = dict.fromkeys([*PARTS, "judge on real scenes"], 1.0)
+    row = dict.fromkeys([*PARTS, *CEILINGS], 1.0)
     monkeypatch.setattr(evaluate, "prompt_following", lambda *words: {"seen, one thing": row})
     monkeypatch.setattr(evaluate, "vae_psnr", lambda model: 30.0)
     monkeypatch.setattr(evaluate, "clip_retrieval", lambda folder: {"picture finds sentence": 0.5})

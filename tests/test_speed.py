@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,26 @@ def test_slices_take_views_and_16_bits():
     q, k, v = (torch.randn(2, 50, 4, 8).transpose(1, 2) for _ in range(3))
     exact = F.scaled_dot_product_attention(q, k, v)
     assert (sliced_attention(*(x.bfloat16() for x in (q, k, v)), 256).float() - exact).abs().max() < 2e-2
+
+
+@pytest.mark.parametrize("slow, wins", [("sliced_attention", False), ("scaled_dot_product_attention", True)])
+def test_slices_are_taken_where_they_are_faster(slow, wins, monkeypatch):
+    home = speed if slow == "sliced_attention" else F
+    form = getattr(home, slow)
+    monkeypatch.setattr(home, slow, lambda q, k, v: (time.sleep(0.02), form(q, k, v))[1])
+    speed.slices_win.cache_clear()
+    assert speed.slices_win(torch.bfloat16, 16) is wins
+    speed.slices_win.cache_clear()
+
+
+def test_only_16_bits_on_a_cpu_are_measured(monkeypatch):
+    asked = []
+    monkeypatch.setattr(speed, "slices_win", lambda dtype: asked.append(dtype) or True)
+    for dtype, device, sliced in ((torch.float32, "cpu", False), (torch.bfloat16, "cpu", True),
+                                  (torch.bfloat16, "meta", False)):  # fmt: skip
+        network = faster(nn.Sequential(Attention(16, 2), Attention(16, 2)).to(device, dtype))
+        assert [part.sliced for part in network] == [sliced] * 2
+    assert asked == [torch.bfloat16]  # once for a network
 
 
 @pytest.mark.parametrize("sliced", [False, True])

@@ -1,5 +1,6 @@
 """What the networks learn from: examples that follow from their generators, and losses as the chapters say."""
 
+import copy
 import random
 
 import numpy as np
@@ -8,19 +9,23 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import ImageColor
 from torch import nn
 
 from sdlearn import tasks
 from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig
-from sdlearn.scenes import COLOURS, OBJECTS, Scene, Thing, parse, split_of
+from sdlearn.scenes import BACKGROUNDS, COLOURS, OBJECTS, Scene, Thing, parse, random_scene, split_of
 from sdlearn.schedule import Schedule
 from sdlearn.tasks import (
     PREVIEW,
     CLIPTask,
+    DecoderTask,
     DenoiseTask,
+    GuidedTask,
     HintedTask,
     PlacesTask,
     VAETask,
+    doodle,
     encode_scenes,
     family,
     latent_bank,
@@ -105,6 +110,33 @@ def test_vae_loss_of_a_perfect_decoder_is_its_kl(vae):
     task.vae.decode = lambda latents: batch["image"]
     losses = task(batch)
     assert losses["absolute"] == 0 and losses["loss"].item() == pytest.approx(task.kl * losses["kl"].item())
+
+
+def test_doodles_have_outlines_and_the_worlds_colours():
+    pictures = [doodle(random.Random(seed)) for seed in range(20)]
+    assert all(picture.shape == (128, 128, 3) and picture.dtype == np.uint8 for picture in pictures)
+    assert np.array_equal(pictures[3], doodle(random.Random(3)))
+    seen = {tuple(pixel) for picture in pictures for pixel in picture.reshape(-1, 3)}
+    fills = {ImageColor.getrgb(fill) for pair in COLOURS.values() for fill in pair}
+    assert {(0, 0, 0)} | {tuple(ground) for ground in BACKGROUNDS.values()} | fills <= seen
+
+
+def test_decoder_task(vae):
+    task = DecoderTask(copy.deepcopy(vae), noise=0.2, doodles=0.5)
+    batch = task.examples(rngs(40))
+    assert batch["image"].shape == (40, 3, 128, 128) and batch["noise"].shape == (40, 4, 16, 16)
+    strengths = batch["noise"].std(dim=(1, 2, 3))
+    assert 0.15 < strengths.max() < 0.22 and strengths.min() < 0.05
+    scenes = [to_tensor(random_scene(rng).render()) for rng in rngs(40)]
+    kept = [torch.equal(a, b) for a, b in zip(batch["image"], scenes, strict=True)]
+    assert 10 <= sum(kept) <= 30  # the others are doodles
+    task(batch)["loss"].backward()
+    learning = {name.split(".")[1] for name, p in task.named_parameters() if p.grad is not None}
+    assert learning == {"decoder", "post_quant_conv"}
+    hue, speckles = torch.ones(1, 3, 16, 16), torch.ones(1, 3, 16, 16)
+    speckles[..., ::2], speckles[..., 1::2] = 1, -1  # as large, but none of it in the large
+    mine, plain = task.difference, super(DecoderTask, task).difference
+    assert mine(hue) == plain(hue) + 1 and mine(speckles) == plain(speckles)
 
 
 def test_every_word_of_the_world_is_one_token(tokenizer):
@@ -248,6 +280,35 @@ def test_a_hint_is_what_the_middle_says_about_places(denoise):
     task.says.forward = lambda seen: said
     assert task(batch)["hint"] < 1e-3
     assert not task.unet.middle._forward_hooks
+
+
+def test_guided_examples_are_pairs_with_words_and_without(denoise, tokenizer):
+    task = GuidedTask(denoise.unet, denoise.text_encoder, tokenizer, denoise.latents, denoise.schedule)
+    batch = task.examples(rngs(8))
+    for name, x in batch.items():
+        told, untold = x.chunk(2)
+        assert name == "tokens" or torch.equal(told, untold)
+    told, untold = batch["tokens"].chunk(2)
+    assert (untold == tokenizer("")).all() and not (told == tokenizer("")).all(dim=1).any()
+    halves = [task.examples(rngs(8)[:4]), task.examples(rngs(8)[4:])]  # two processes share the batch
+    numbers = torch.cat([half["number"].chunk(2)[0] for half in halves])
+    assert torch.equal(numbers, batch["number"].chunk(2)[0])
+
+
+def test_the_guided_answer_counts_where_noise_is_weak(denoise):
+    parts = denoise.unet, denoise.text_encoder, denoise.tokenizer, denoise.latents, denoise.schedule
+    task = GuidedTask(*parts, scale=3.0, below=500, guided=0.5)
+    target, t = torch.randn(2, 4, 16, 16).repeat(2, 1, 1, 1), torch.tensor([499, 500]).repeat(2)
+    off = torch.tensor([0.1, 0.1, -0.1, -0.1]).view(4, 1, 1, 1)  # told too high, untold too low
+    losses = task.losses(target + off, target, t)
+    plain = denoise.losses(target + off, target, t)["loss"]
+    guided = task.weights[499] * (-0.1 + 3.0 * 0.2) ** 2 / task.often[499] / 2  # nothing of the second example
+    torch.testing.assert_close(losses["guided"], guided)
+    torch.testing.assert_close(losses["loss"], plain + 0.5 * guided)
+    batch = task.examples(rngs(16))
+    losses = task(batch)
+    assert (batch["t"] < 500).any() and losses["guided"] > 0
+    torch.testing.assert_close(losses["loss"], losses["weighted"] + 0.05 * losses["hint"])
 
 
 def test_joint_training_teaches_the_text_encoder_too(tokenizer):

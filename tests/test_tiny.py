@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from sdlearn import tiny
 from sdlearn.judge import look
 from sdlearn.pipeline import StableDiffusion
-from sdlearn.tasks import PlacesTask
+from sdlearn.tasks import GuidedTask, PlacesTask
 from sdlearn.tiny import (
     BANK,
     MAKE,
@@ -28,6 +29,7 @@ from sdlearn.tiny import (
 from sdlearn.training import Average, averaged_weights, resume
 from sdlearn.unet import UNet
 from sdlearn.vae import VAE
+from sdlearn.weights import load_unet
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def test_sizes():
 
 
 def test_every_stage_has_a_recipe_and_a_maker():
-    assert list(STAGES) == list(MAKE) and list(STAGES)[-1] == "unet" and BANK >= 2048
+    assert list(STAGES) == list(MAKE) and list(STAGES)[-2:] == ["unet", "guided"] and BANK >= 2048
     assert all(recipe.cooldown < recipe.steps for recipe in STAGES.values())
     assert STAGES["clip"].batch % 4 == 0  # whole families
 
@@ -99,6 +101,22 @@ def test_the_unet_task_stands_on_the_others(runs):
     assert losses["loss"].isfinite()
     taught = averaged_weights(runs / "places" / "state.pt")  # the text encoder comes from CLIP by way of `places`
     assert all(torch.equal(p, taught[f"text_encoder.{name}"]) for name, p in task.text_encoder.named_parameters())
+
+
+def test_the_guided_stage_begins_with_the_trained_unet_and_is_what_is_exported(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny.make_unet, "__defaults__", (2048, tiny.HintedTask))
+    task, saved = tiny.make_guided(runs), averaged_weights(runs / "unet" / "state.pt")
+    assert isinstance(task, GuidedTask) and task.drop == 0
+    assert all(torch.equal(p, saved[f"unet.{name}"]) for name, p in task.unet.named_parameters())
+    mine = tmp_path / "runs"
+    shutil.copytree(runs, mine)
+    (mine / "guided").mkdir()
+    average = {name: p + 1 for name, p in saved.items()}
+    state = {"step": 1, "recipe": {}, "average": average, "weights": average, "optimizer": {}}
+    torch.save(state, mine / "guided" / "state.pt")
+    tiny.export(mine, tmp_path / "tiny")
+    for name, weight in load_unet(tmp_path / "tiny").state_dict().items():  # halfway between before and after
+        torch.testing.assert_close(weight, saved[f"unet.{name}"] + 0.5, atol=1e-3, rtol=1e-3)
 
 
 def test_export_writes_a_checkpoint_that_the_pipeline_loads(runs, tmp_path):

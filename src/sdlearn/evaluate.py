@@ -27,6 +27,7 @@ ROWS = {  # name of a row: the split of its scenes, and how many things they hav
     "held-out pair": ("pair", 2),
 }  # fmt: skip
 PARTS = ("objects", "colours", "background", "relation", "all")
+CEILINGS = ("true pictures", "through the VAE")
 
 
 def fresh_scenes(count: int, seed: int, split: str = "train", things: int | None = None) -> list[Scene]:
@@ -41,15 +42,17 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
+def remade(model: StableDiffusion, scenes: Sequence[Scene], batch: int = 20) -> tuple[Tensor, Tensor]:
+    """Pictures of scenes, and what the VAE makes of them, in 8 bits as it would be saved: each (B, 3, H, W)."""
+    images = torch.stack([to_tensor(scene.render()) for scene in scenes])
+    latents = (model.vae.encode(x.to(model.device, model.dtype)).mean for x in images.split(batch))
+    back = torch.cat([model.vae.decode(model.vae.config.scale * x).float().cpu() for x in latents])
+    return images, (back.clamp(-1, 1) * 127.5).round() / 127.5
+
+
 def vae_psnr(model: StableDiffusion, count: int = 200, seed: int = 0) -> float:
-    """Mean PSNR in dB of fresh scenes after encoding and decoding, rounded to 8 bits as they would be saved."""
-    values = []
-    for start in range(0, count, 20):
-        images = torch.stack([to_tensor(s.render()) for s in fresh_scenes(count, seed)[start : start + 20]])
-        latents = model.vae.config.scale * model.vae.encode(images.to(model.device)).mean
-        back = model.vae.decode(latents).clamp(-1, 1).cpu()
-        values.append(psnr((back * 127.5).round() / 127.5, images))
-    return torch.cat(values).mean().item()
+    """Mean PSNR in dB of fresh scenes after encoding and decoding."""
+    return psnr(*remade(model, fresh_scenes(count, seed))).mean().item()
 
 
 @torch.inference_mode()
@@ -107,25 +110,27 @@ def prompt_following(
 ) -> dict[str, dict[str, float]]:
     """Draw `count` fresh prompts, a fifth for each row, and let the judge say what came of them: {row: {part: share}}.
 
-    "relation" counts only pictures of two things whose objects are right; "judge on real scenes" is how often the judge
-    calls the true picture of the same prompts all right: nothing drawn can score higher, except by luck.
+    "relation" counts only pictures of two things whose objects are right; "true pictures" is how often the judge calls
+    the true picture of the same prompts all right, and "through the VAE" the same after encoding and decoding: nothing
+    drawn can score higher, except by luck.
     """
     table = {}
     with tqdm(total=count, desc="drawing", unit="picture", dynamic_ncols=True, leave=False) as bar:
         for row, (split, things) in ROWS.items():
             scenes = fresh_scenes(count // len(ROWS), seed, split, things)
             drawn = draw(model, scenes, steps, sampler, cfg_scale, seed, advance=bar.update)
-            verdicts = judged(judge, scenes, [np.array(picture) for picture in drawn])
+            verdicts = judged(judge, scenes, [to_tensor(np.array(picture)) for picture in drawn])
             table[row] = {part: share(verdicts, part, "objects" if part == "relation" else None) for part in PARTS}
             if things == 1:
                 table[row]["relation"] = float("nan")
-            real = judged(judge, scenes, [scene.render() for scene in scenes])
-            table[row]["judge on real scenes"] = share(real, "all")
+            for name, pictures in zip(CEILINGS, remade(model, scenes), strict=True):
+                table[row][name] = share(judged(judge, scenes, pictures), "all")
     return table
 
 
-def judged(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[np.ndarray]) -> list[dict[str, bool]]:
-    findings = look(judge, torch.stack([to_tensor(picture) for picture in pictures]))
+def judged(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Tensor]) -> list[dict[str, bool]]:
+    """The judge's verdict on each picture (3, H, W) in [-1, 1]."""
+    findings = look(judge, torch.stack([*pictures]))
     return [verdict(finding, scene) for finding, scene in zip(findings, scenes, strict=True)]
 
 
@@ -234,9 +239,9 @@ def table_of(figures: dict) -> str:
     lines = [f"VAE PSNR on fresh scenes: {figures['VAE PSNR, dB']:.1f} dB"]
     for name in ("CLIP retrieval", "attention overlap", "words heard"):
         lines.append(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in figures[name].items()))
-    columns = [*PARTS, "judge on real scenes"]
-    lines.append(f"{'prompt following':28}" + "".join(f"{column:>11}" for column in columns[:-1]) + f"  {columns[-1]}")
+    columns = {column: max(11, 2 + len(column)) for column in (*PARTS, *CEILINGS)}
+    lines.append(f"{'prompt following':28}" + "".join(f"{column:>{width}}" for column, width in columns.items()))
     for row, values in figures["prompt following"].items():
-        cells = ("-" if np.isnan(values[c]) else f"{values[c]:.2f}" for c in columns)
-        lines.append(f"{row:28}" + "".join(f"{cell:>11}" for cell in cells))
+        cells = [("-" if np.isnan(values[c]) else f"{values[c]:.2f}").rjust(width) for c, width in columns.items()]
+        lines.append(f"{row:28}" + "".join(cells))
     return "\n".join(lines)

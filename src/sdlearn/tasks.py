@@ -2,6 +2,7 @@
 Exported from book/09_training.ipynb by `make export`; edit it there.
 """
 
+import math
 import random
 from bisect import bisect
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from sdlearn.attention import Attention
@@ -23,13 +25,15 @@ from sdlearn.schedule import Schedule, add_noise, training_target
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.training import Task, save_atomically
 from sdlearn.unet import UNet
-from sdlearn.vae import VAE
+from sdlearn.vae import VAE, DiagonalGaussian
 
 __all__ = [
     "to_tensor",
     "normal",
     "loss_weights",
     "VAETask",
+    "doodle",
+    "DecoderTask",
     "scene_tokenizer",
     "family",
     "CLIPTask",
@@ -43,6 +47,7 @@ __all__ = [
     "PREVIEW",
     "DenoiseTask",
     "HintedTask",
+    "GuidedTask",
 ]
 
 
@@ -92,13 +97,67 @@ class VAETask(Task):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         image = batch["image"].contiguous(memory_format=torch.channels_last)
         latents = self.vae.encode(image)
-        sample = latents.mean + (0.5 * latents.logvar).exp() * batch["noise"]
-        error = self.vae.decode(self.vae.config.scale * sample).float() - image
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        absolute, squared = error.abs().mean(), error.square().mean()
+        drawn = self.vae.config.scale * self.drawn(latents, batch["noise"])
+        error = self.vae.decode(drawn).float() - image
         kl = latents.kl().float().mean() / latents.mean[0].numel()  # nats for each latent number
-        loss = absolute + 4 * squared + 0.5 * edges + self.kl * kl
-        return {"loss": loss, "absolute": absolute, "psnr": 10 * (4 / squared).log10(), "kl": kl}
+        squared = error.square().mean()
+        losses = {"absolute": error.abs().mean(), "psnr": 10 * (4 / squared).log10(), "kl": kl}
+        return {"loss": self.difference(error) + self.kl * kl} | losses
+
+    def drawn(self, latents: DiagonalGaussian, noise: Tensor) -> Tensor:
+        """A sample of the cloud."""
+        return latents.mean + (0.5 * latents.logvar).exp() * noise
+
+    def difference(self, error: Tensor) -> Tensor:
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        return error.abs().mean() + 4 * error.square().mean() + 0.5 * edges
+
+
+def doodle(rng: random.Random) -> np.ndarray:
+    """A picture of nothing: outlined shapes in the world's colours, (128, 128, 3) uint8."""
+    picture = Image.new("RGB", (4 * SIZE, 4 * SIZE), rng.choice([*BACKGROUNDS.values()]))
+    pen = ImageDraw.Draw(picture)
+    for _ in range(rng.randint(1, 4)):
+        x, y, radius = (4 * rng.uniform(*between) for between in ((20, 108), (20, 108), (10, 50)))
+        angles = sorted(rng.uniform(0, 2 * math.pi) for _ in range(rng.randint(3, 10)))
+        radii = [radius * rng.uniform(0.5, 1) for _ in angles]
+        corners = [(x + r * math.cos(a), y + r * math.sin(a)) for a, r in zip(angles, radii, strict=True)]
+        light, dark = rng.choice([*COLOURS.values()])
+        pen.polygon(corners, fill=light)
+        pen.polygon([(x, y), *corners[: rng.randint(2, 3)]], fill=dark)
+        width = rng.randint(5, 12)
+        pen.line([*corners, *corners[:2]], fill="black", width=width, joint="curve")
+        for corner in rng.sample(corners, rng.randint(0, 3)):
+            pen.line([(x, y), corner], fill="black", width=width)
+    return np.array(picture.resize((SIZE, SIZE), Image.Resampling.BOX))
+
+
+class DecoderTask(VAETask):
+    """VAETask for the decoder alone: the encoder stays, so that latents keep their meaning.
+
+    noise: latents are off by up to so many standard deviations. doodles: the share of pictures that show nothing.
+    """
+
+    def __init__(self, vae: VAE, noise: float = 0.2, doodles: float = 0.25):
+        super().__init__(vae)
+        self.noise, self.doodles = noise, doodles
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(False)
+
+    def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
+        batch = super().examples(rngs)
+        strength = torch.tensor([rng.uniform(0, self.noise) for rng in rngs])
+        return batch | {"noise": strength[:, None, None, None] * batch["noise"]}
+
+    def crop_of(self, scene: Scene, rng: random.Random) -> Tensor:
+        return to_tensor(doodle(rng) if rng.random() < self.doodles else scene.render())
+
+    def drawn(self, latents: DiagonalGaussian, noise: Tensor) -> Tensor:
+        return latents.mean + latents.mean.std() * noise
+
+    def difference(self, error: Tensor) -> Tensor:
+        """Colours in the large count more: the errors' means over 8x8 pixels."""
+        return super().difference(error) + F.avg_pool2d(error, 8).abs().mean()
 
 
 def scene_tokenizer() -> Tokenizer:
@@ -307,8 +366,11 @@ class DenoiseTask(Task):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         x0, noise, t = batch["latents"], batch["noise"], batch["t"]
         xt = add_noise(self.schedule, x0, noise, t).contiguous(memory_format=torch.channels_last)
-        output = self.unet(xt, t, self.text_encoder(batch["tokens"])).float()
-        error = (output - training_target(self.schedule, x0, noise, t)).square().mean(dim=(1, 2, 3))
+        answer = self.unet(xt, t, self.text_encoder(batch["tokens"])).float()
+        return self.losses(answer, training_target(self.schedule, x0, noise, t), t)
+
+    def losses(self, answer: Tensor, target: Tensor, t: Tensor) -> dict[str, Tensor]:
+        error = (answer - target).square().mean(dim=(1, 2, 3))
         error = error / self.often.to(t.device)[t]  # drawn twice as often, it counts half each time
         return {"loss": (self.weights[t] * error).mean(), "plain": error.mean()}
 
@@ -350,3 +412,29 @@ class HintedTask(DenoiseTask):
         t = batch["t"]
         hint = (self.weights[t] / self.often.to(t.device)[t] * surprise).mean()  # words are needed at strong noise
         return losses | {"loss": losses["loss"] + self.hint * hint, "weighted": losses["loss"], "hint": hint}
+
+
+class GuidedTask(HintedTask):
+    """HintedTask for the last steps: examples with words and without, and the error of their guided answer counts too.
+
+    Where noise is weak (t < below) all can be seen and words add nothing, so the two answers should be one; guidance by
+    `scale` multiplies whatever else they differ in. Above, it is free to exaggerate. guided: how much its error counts.
+    """
+
+    def __init__(self, *others: object, scale: float = 7.5, below: int = 500, guided: float = 0.1, **more: object):
+        super().__init__(*others, **{"drop": 0.0, "hint": 0.05} | more)
+        self.scale, self.below, self.guided = scale, below, guided
+
+    def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
+        told = super().examples(rngs[::2])
+        pairs = {name: torch.cat([x, x]) for name, x in told.items()}
+        return pairs | {"tokens": torch.cat([told["tokens"], self.tokenizer([""] * len(told["t"]))])}
+
+    def losses(self, answer: Tensor, target: Tensor, t: Tensor) -> dict[str, Tensor]:
+        losses, (told, untold) = super().losses(answer, target, t), answer.chunk(2)
+        target, t = target[: len(told)], t[: len(told)]
+        weak = (t < self.below)[:, None, None, None]
+        answers = {"told": told, "guided": untold + self.scale * (told - untold)}
+        weakly = {name: super(GuidedTask, self).losses(torch.where(weak, y, target), target, t)["loss"]
+                  for name, y in answers.items()}  # fmt: skip
+        return losses | weakly | {"loss": losses["loss"] + self.guided * weakly["guided"]}

@@ -22,7 +22,17 @@ from sdlearn.saving import save_pipeline
 from sdlearn.scenes import SIZE
 from sdlearn.schedule import Schedule
 from sdlearn.speed import compiled
-from sdlearn.tasks import CLIPTask, DenoiseTask, HintedTask, PlacesTask, VAETask, latent_bank, scene_tokenizer
+from sdlearn.tasks import (
+    CLIPTask,
+    DecoderTask,
+    DenoiseTask,
+    GuidedTask,
+    HintedTask,
+    PlacesTask,
+    VAETask,
+    latent_bank,
+    scene_tokenizer,
+)
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.training import Recipe, Task, averaged_weights, fastest_precision, progress, save_atomically, train
 from sdlearn.unet import UNet, UNetConfig
@@ -44,10 +54,11 @@ def text_sizes(tokenizer: Tokenizer) -> CLIPTextConfig:
 STAGES = {  # in the order of training, as for Stable Diffusion itself
     "clip": Recipe(steps=1_000, batch=128, lr=1e-3, ema=0.998, decay=0.05, cooldown=250),
     "vae": Recipe(steps=6_000, batch=8, lr=1e-3, ema=0.998, cooldown=1_000),
-    "decoder": Recipe(steps=4_000, batch=6, lr=7e-4, ema=0.998, cooldown=1_000),
+    "decoder": Recipe(steps=4_500, batch=8, lr=6e-4, ema=0.998, cooldown=3_500),
     "judge": Recipe(steps=6_000, batch=16, lr=1e-3, ema=0.998, cooldown=1_000),
     "places": Recipe(steps=1_500, batch=64, lr=1e-3, ema=0.99, warmup=100, cooldown=400),
     "unet": Recipe(steps=20_000, batch=32, lr=8e-4, ema=0.999, cooldown=2_000),
+    "guided": Recipe(steps=3_000, batch=32, lr=4e-4, ema=0.999, cooldown=2_800),
 }
 PREVIEW_EVERY = 500  # steps of the U-Net
 BANK = 49_152  # training scenes whose latents are computed once
@@ -76,12 +87,9 @@ def make_vae(runs: Path | None = None, crop: int | None = 64) -> VAETask:
     return trained(task, runs, "vae") if runs else task
 
 
-def make_decoder(runs: Path) -> VAETask:
-    """The VAE with its encoder fixed, so that latents keep their meaning while pictures become sharper."""
-    task = make_vae(runs, crop=None)
-    for part in (task.vae.encoder, task.vae.quant_conv):
-        part.requires_grad_(False)
-    return task
+def make_decoder(runs: Path) -> DecoderTask:
+    """The trained VAE, its encoder fixed: latents keep their meaning while pictures become sharper and truer."""
+    return DecoderTask(make_vae(runs).vae)
 
 
 def best_vae(runs: Path) -> VAE:
@@ -105,14 +113,33 @@ def make_places(runs: Path) -> PlacesTask:
     return PlacesTask(task.clip.text_encoder, task.tokenizer)
 
 
-def make_unet(runs: Path, bank: int = BANK) -> HintedTask:
+def make_unet(runs: Path, bank: int = BANK, kind: type[HintedTask] = HintedTask) -> HintedTask:
     """The U-Net, on a VAE and a text encoder that stay as they are: CLIP's, after it has learned what lies where."""
     vae, clip = best_vae(runs), make_clip(runs)
     if (runs / "places" / "state.pt").exists():
         trained(PlacesTask(clip.clip.text_encoder, clip.tokenizer), runs, "places")
     latents = latent_bank(vae, bank, runs / "latents.pt") * vae.config.scale
     unet = channels_last(UNet(UNET_SIZES))
-    return HintedTask(unet, clip.clip.text_encoder, clip.tokenizer, latents, SCHEDULE, vae=vae)
+    return kind(unet, clip.clip.text_encoder, clip.tokenizer, latents, SCHEDULE, vae=vae)
+
+
+def make_guided(runs: Path) -> GuidedTask:
+    """The trained U-Net, for the steps that make guidance of 7.5 harmless at weak noise."""
+    return trained(make_unet(runs, kind=GuidedTask), runs, "unet")
+
+
+def best_unet(runs: Path) -> HintedTask:
+    """The trained U-Net. After the guided stage: the mean of the weights before it and after.
+
+    What was learned last is there, and less of what was known before is lost; Wortsman et al. 2022, section 3.
+    """
+    task = trained(make_unet(runs, bank=2048), runs, "unet")
+    if (runs / "guided" / "state.pt").exists():
+        after = averaged_weights(runs / "guided" / "state.pt")
+        with torch.no_grad():
+            for name, weight in task.unet.named_parameters(prefix="unet"):
+                weight.lerp_(after[name], 0.5)
+    return task
 
 
 MAKE: dict[str, Callable[[Path], Task]] = {
@@ -122,12 +149,13 @@ MAKE: dict[str, Callable[[Path], Task]] = {
     "judge": lambda runs: make_judge(),
     "places": make_places,
     "unet": make_unet,
+    "guided": make_guided,
 }
 
 
 def export(runs: Path, folder: Path) -> None:
     """Write what was trained, as a checkpoint that this package and diffusers load, with its judge and its history."""
-    clip, unet = make_clip(runs), trained(make_unet(runs, bank=2048), runs, "unet")
+    clip, unet = make_clip(runs), best_unet(runs)
     save_pipeline(folder, clip.tokenizer, unet.text_encoder, best_vae(runs), unet.unet, SCHEDULE, size=SIZE)
     save_clip(folder, clip.clip)
     judge = {name: x.half().contiguous() for name, x in make_judge(runs).judge.state_dict().items()}
@@ -236,7 +264,7 @@ def train_stage(stage: str, runs: Path, steps: int | None, precision: str, compi
     recipe = STAGES[stage]
     torch.manual_seed(recipe.seed)
     task = MAKE[stage](runs)
-    if compile and stage == "unet":
+    if compile and stage in ("unet", "guided"):
         compile_unet(task)
     steps = recipe.steps if steps is None else steps
     done, saved = progress(runs / stage / "state.pt")

@@ -173,11 +173,14 @@ def test_a_tiled_vae():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="no C++ compiler is here")
-def test_a_compiled_unet_answers_the_same_for_every_picture_with_one_compilation():
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_unet_answers_the_same_for_every_picture_with_one_compilation(whole):
+    torch._dynamo.reset()
     torch.manual_seed(0)
     plain = UNet(UNetConfig((32,), (True,), heads=(2,), blocks=1, context_width=16)).eval()
-    fast = compiled(faster(copy.deepcopy(plain)))
+    fast = compiled(faster(copy.deepcopy(plain)), whole)
     x, t, made = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), []
+    torch._dynamo.utils.counters.clear()
     with torch.inference_mode():
         for _ in range(3):  # three pictures, of two steps each
             context = torch.randn(2, 77, 16)

@@ -21,6 +21,7 @@ from sdlearn.clip import CLIPTextConfig, CLIPTextEncoder
 from sdlearn.pipeline import StableDiffusion, pick_device
 from sdlearn.saving import save_pipeline, save_single_file
 from sdlearn.schedule import Schedule
+from sdlearn.speed import compiled as compile_unet
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
@@ -176,8 +177,8 @@ def networks(folder: Path, device: torch.device, dtype: torch.dtype, size: int, 
         rows.append(compare("U-Net step, two halves", ours, theirs, device, repeats))
         if compiled:
             torch._inductor.config.freezing = device.type == "cpu"  # weights become constants, laid out for the kernels
-            fast, other = torch.compile(sd.unet), torch.compile(pipe.unet)
-            ours, plain = lambda: fast(xt, t, context), theirs
+            compile_unet(sd.unet)
+            other, plain = torch.compile(pipe.unet), theirs
             theirs = lambda: other(xt, 500, context).sample  # noqa: E731
             rows.append(compare("U-Net step, both compiled", ours, theirs, device, repeats))
             rows.append(compare("U-Net step, compiled, to eager", ours, plain, device, repeats))

@@ -188,10 +188,11 @@ class TiledVAE(nn.Module):
         return tiled(pixels, tuple(latents.shape[-2:]), self.tile, self.overlap, self.factor)
 
 
-def compiled(network: nn.Module) -> nn.Module:
-    """Let PyTorch write a program for each block of a U-Net when it first runs, small operations joined; in place.
+def compiled(network: nn.Module, whole: bool = True) -> nn.Module:
+    """Let PyTorch write programs for a U-Net when it first runs, small operations joined; in place.
 
-    It takes minutes, and again for each new size of the latents. Raises ValueError where a CPU's compiler is missing.
+    whole: one program for all of it; else one for each block. It takes minutes, and again for each new size of the
+    latents. Raises ValueError where a CPU's compiler is missing.
     """
     on_cpu = next(network.parameters()).device.type == "cpu"
     if on_cpu and not any(map(shutil.which, ("g++", "clang++", "cl"))):
@@ -200,6 +201,7 @@ def compiled(network: nn.Module) -> nn.Module:
     for part in network.modules():
         if isinstance(part, FastAttention):
             part.words = part.keys_and_values  # what is remembered would change from picture to picture
-        elif isinstance(part, ResBlock | SpatialTransformer):
-            part.compile(dynamic=False)
+    blocks = [part for part in network.modules() if isinstance(part, ResBlock | SpatialTransformer)]
+    for part in [network] if whole else blocks:
+        part.compile(dynamic=False)
     return network

@@ -250,7 +250,7 @@ def main(args: argparse.Namespace) -> None:
 
 def compile_unet(task: DenoiseTask) -> None:
     """Compile the U-Net for training; previews, whose batches have another size, stay as they were."""
-    compiled(task.unet)
+    compiled(task.unet, whole=False)
     preview = task.preview
 
     def as_before() -> Tensor:

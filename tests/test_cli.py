@@ -176,7 +176,7 @@ def test_train_and_evaluate_are_imported_only_when_asked_for(monkeypatch):
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: called.append(name) or FakeModule)
     for command in ("train", "evaluate"):
         assert run(command, "--word", "x") == 0
-    assert called == ["sdlearn.tiny"] * 2 + ["sdlearn.evaluate"] * 2 and FakeModule.seen == ["x", "x"]
+    assert called == ["sdlearn.tiny.recipe"] * 2 + ["sdlearn.tiny.evaluate"] * 2 and FakeModule.seen == ["x", "x"]
 
 
 class FakeModule:

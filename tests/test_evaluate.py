@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from test_judge import Perfect
 
-from sdlearn import evaluate
-from sdlearn.evaluate import (
+from sdlearn.tiny import evaluate
+from sdlearn.tiny.evaluate import (
     CEILINGS,
     PARTS,
     ROWS,
@@ -26,9 +26,9 @@ from sdlearn.evaluate import (
     table_of,
     vae_psnr,
 )
-from sdlearn.judge import Judge
-from sdlearn.scenes import RELATIONS, parse, split_of
-from sdlearn.tasks import to_tensor
+from sdlearn.tiny.judge import Judge
+from sdlearn.tiny.scenes import RELATIONS, parse, split_of
+from sdlearn.tiny.tasks import to_tensor
 
 
 class Painter:
@@ -169,7 +169,7 @@ def test_retrieval_of_a_clip_that_knows_nothing_is_chance(tmp_path):
 
 
 def save_random_clip(folder):
-    from sdlearn.tiny import make_clip
+    from sdlearn.tiny.recipe import make_clip
     from sdlearn.weights import save_clip
 
     task = make_clip()
@@ -187,7 +187,7 @@ def test_too_few_prompts_are_refused():
 
 def untrained():
     from sdlearn.pipeline import StableDiffusion
-    from sdlearn.tiny import SCHEDULE, UNET_SIZES, VAE_SIZES, make_clip
+    from sdlearn.tiny.recipe import SCHEDULE, UNET_SIZES, VAE_SIZES, make_clip
     from sdlearn.unet import UNet
     from sdlearn.vae import VAE
 
@@ -252,7 +252,7 @@ def test_main_prints_and_writes_every_figure(monkeypatch, tmp_path, capsys):
 
 
 def test_evaluation_scenes_are_not_the_first_training_scenes():
-    from sdlearn.tasks import numbered_scene
+    from sdlearn.tiny.tasks import numbered_scene
 
     seen = {numbered_scene(i) for i in range(2000)}
     assert not seen & set(fresh_scenes(200, 1))

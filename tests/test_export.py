@@ -79,11 +79,24 @@ def test_the_second_export_changes_nothing(tree):
 
 def test_check_names_what_differs_and_writes_nothing(tree):
     changed, errors, package = tree({"05_vae": VAE_CELLS}, check=True)
-    assert sorted(changed) == ["blocks", "vae"] and not errors and not list(package.iterdir())
+    assert sorted(changed) == ["blocks.py", "vae.py"] and not errors and not list(package.iterdir())
     tree({})
-    (package / "vae.py").write_text("edited by hand")
-    assert tree({}, check=True)[0] == ["vae"]
-    assert (package / "vae.py").read_text() == "edited by hand"
+    edited = (package / "vae.py").read_text() + "# edited"
+    (package / "vae.py").write_text(edited)
+    assert tree({}, check=True)[0] == ["vae.py"]
+    assert (package / "vae.py").read_text() == edited
+
+
+def test_a_module_may_stand_in_a_room(tree):
+    changed, errors, package = tree({"04_a": ["#| default_exp tiny.scenes\n'''a -> b.'''\nONE = 1"]})
+    assert (changed, errors) == (["tiny/scenes.py"], []) and "ONE = 1" in (package / "tiny" / "scenes.py").read_text()
+
+
+def test_a_module_written_by_hand_is_not_overwritten(tree):
+    _, _, package = tree({})
+    (package / "cli.py").write_text("by hand")
+    changed, errors, _ = tree({"05_a": ["#| default_exp cli\n'''a -> b.'''\nONE = 1"]})
+    assert not changed and errors == ["05_a.ipynb: cli.py is written by hand; give the module another name"]
 
 
 def test_two_notebooks_feed_one_module_in_book_order(tree):
@@ -101,12 +114,12 @@ def test_two_notebooks_feed_one_module_in_book_order(tree):
 def test_a_module_that_lost_its_notebook_is_named(tree):
     _, _, package = tree({"05_vae": VAE_CELLS})
     (package / "old.py").write_text((package / "vae.py").read_text())
-    assert tree({})[1] == ["old: no notebook exports it now; delete it"]
+    assert tree({})[1] == ["old.py: no notebook exports it now; delete it"]
 
 
 def test_only_the_named_notebook_is_written_and_others_may_be_broken(tree):
     changed, errors, package = tree({"05_vae": VAE_CELLS, "06_time": ["#| exprot\nx"]}, only=("05_vae.ipynb",))
-    assert sorted(changed) == ["blocks", "vae"] and not errors
+    assert sorted(changed) == ["blocks.py", "vae.py"] and not errors
 
 
 @pytest.mark.parametrize(
@@ -116,7 +129,7 @@ def test_only_the_named_notebook_is_written_and_others_may_be_broken(tree):
         (["#| default_exp vae\n'''a'''", "#| exprot\nx = 1"], "cell-001: '#| exprot' is not known"),
         (["#| default_exp vae\n'''a'''", "x = 1\n#| export"], "cell-001: a '#|' line stands below code"),
         (["#| default_exp vae\n'''a'''", "#| default_exp b\n'''b'''"], "a second '#| default_exp'"),
-        (["#| default_exp cli\n'''a'''"], "cannot be called 'cli'"),
+        (["#| default_exp a.b.c\n'''a'''"], "cannot be called 'a.b.c'"),
         (["#| default_exp vae\n'''a'''", "#| export ../up\nx = 1"], "cannot be called '../up'"),
         (["#| default_exp vae\n'''a'''", "#| export\nprint(1)"], "'print(1)' is no definition"),
         (["#| default_exp vae\n'''a'''", "#| export\n%matplotlib inline"], "line 1 is not plain Python"),

@@ -362,10 +362,7 @@ def test_what_is_chosen():
     evil = ["unet/../../evil.json", "../evil.json", "unet/..\\evil.json", "/etc/evil.json", "unet/sub/evil.json"]
     assert sorted(chosen(*folder, *evil)) == sorted(folder)
     for names, sentence in [
-        (
-            ["a.safetensors", "b.safetensors"],
-            r"has 2 .safetensors files \(a.safetensors, b.safetensors ...\): name",
-        ),
+        (["a.safetensors", "b.safetensors"], r"has 2 .safetensors files \(a.safetensors, b.safetensors ...\): name"),
         (["README.md"], "has no model: name the file"),
         (folder[:-1], "has no .safetensors file in text_encoder/: take another model"),
         (["model_index.json", "unet/diffusion_pytorch_model.bin"], "has no .safetensors file in unet/"),

@@ -8,21 +8,32 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "sdlearn"
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if not path.stem.startswith("__")
+)
 # A module imports only from rows above its own, or from the left in its own row.
 JOURNEY = """
-    tokenizer scenes attention blocks timestep schedule
+    tiny.scenes
+    tokenizer attention blocks timestep schedule prediction
     clip vae unet
     ddpm samplers guidance
-    training tasks headers hub names config files fitting saving weights
-    pictures speed pipeline
-    inpaint lora controlnet sdxl lcm
-    judge tiny evaluate bench
-    show moving
+    training
+    checkpoint.hub checkpoint.dialects checkpoint.configs checkpoint.files checkpoint.load checkpoint.inspect
+    headers hub names config files fitting saving weights
+    pictures request pipeline minimal
+    inpaint lora controlnet sdxl lcm speed
+    tiny.tasks tiny.judge tiny.recipe tiny.evaluate bench
+    book.show book.moving
     inspection
     cli
 """
 ORDER = JOURNEY.split()
+
+
+def tree_of(name: str) -> ast.AST:
+    return ast.parse(PACKAGE.joinpath(*name.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -31,18 +42,22 @@ def imported(tree: ast.AST) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             module = "sdlearn." * bool(node.level) + (node.module or "")  # `from .vae import VAE` as well
-            if module in ("sdlearn", "sdlearn."):
-                found |= {alias.name for alias in node.names if alias.name in ORDER}
-            elif module.startswith("sdlearn."):
-                found.add(module.split(".")[1])
+            if module.split(".")[0] == "sdlearn":
+                room = ".".join(filter(None, module.split(".")[1:]))
+                inside = {f"{room}.{alias.name}".strip(".") for alias in node.names} & set(ORDER)
+                found |= inside or ({room} if room else set())
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("sdlearn.")}
+            found |= {alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("sdlearn.")}
     return found
 
 
 def test_the_parser_sees_every_form_of_import():
     text = "import sdlearn.clip as c\nfrom sdlearn.vae import VAE\ndef f():\n    from sdlearn import unet, __version__"
     assert imported(ast.parse(text)) == {"clip", "vae", "unet"}
+    assert imported(ast.parse("from sdlearn.tiny import scenes\nfrom sdlearn.tiny.judge import Judge\n")) == {
+        "tiny.scenes",
+        "tiny.judge",
+    }
     assert imported(ast.parse("from .vae import VAE\nfrom . import clip\nimport torch, os.path")) == {"vae", "clip"}
 
 
@@ -50,13 +65,13 @@ def test_the_parser_sees_every_form_of_import():
 def test_imports_run_one_way(name):
     assert name in ORDER, f"{name}.py has no place in the journey; give it one in this file"
     allowed = ORDER[: ORDER.index(name)]
-    wrong = imported(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))) - set(allowed)
+    wrong = imported(tree_of(name)) - set(allowed)
     assert not wrong, f"{name}.py imports {', '.join(sorted(wrong))}, which comes later in the journey"
 
 
-@pytest.mark.parametrize("name", ["show", "moving"])
+@pytest.mark.parametrize("name", ["book.show", "book.moving"])
 def test_plotting_imports_no_model(name):
-    assert imported(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))) <= {"scenes", "tokenizer", "show"}
+    assert imported(tree_of(name)) <= {"tiny.scenes", "tokenizer", "book.show"}
 
 
 def loaded_by(code: str) -> set[str]:
@@ -72,6 +87,6 @@ def test_importing_the_package_is_light():
 
 
 def test_no_module_needs_the_references_or_the_plotting():
-    names = [name for name in MODULES if name not in ("show", "moving")]
+    names = [name for name in MODULES if not name.startswith("book.")]
     code = "\n".join(f"import sdlearn.{name}" for name in names)
     assert not loaded_by(code) & {"diffusers", "transformers", "matplotlib", "jupyter", "IPython"}

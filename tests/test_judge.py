@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sdlearn.judge import (
+from sdlearn.tiny.judge import (
     BACKGROUND_LABELS,
     CELL,
     COLOUR_LABELS,
@@ -28,7 +28,7 @@ from sdlearn.judge import (
     unlike,
     verdict,
 )
-from sdlearn.scenes import BACKGROUNDS, parse, random_scene, sprite
+from sdlearn.tiny.scenes import BACKGROUNDS, parse, random_scene, sprite
 
 SEEDS = st.integers(0, 2**32)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdlearn import moving
+from sdlearn.book import moving
 
 COLOURS = [(220, 30, 30), (30, 160, 30), (30, 30, 220), (200, 200, 40), (150, 60, 160), (20, 20, 20)]
 VOID = {"img", "input"}
@@ -214,7 +214,7 @@ def test_mistakes_are_told_in_a_sentence(call, says):
 WIDGET, CELL = (
     "application/vnd.jupyter.widget-view+json",
     """
-from sdlearn import moving
+from sdlearn.book import moving
 import numpy as np
 calls = []
 def draw(k):

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdlearn import scenes
-from sdlearn.scenes import (
+from sdlearn.tiny import scenes
+from sdlearn.tiny.scenes import (
     BACKGROUNDS,
     COLOURS,
     HELD_OUT_COLOURS,

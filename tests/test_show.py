@@ -13,7 +13,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from sdlearn import show  # noqa: E402
+from sdlearn.book import show  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

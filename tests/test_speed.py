@@ -17,9 +17,9 @@ from torch import nn
 from sdlearn import speed
 from sdlearn.attention import Attention
 from sdlearn.pipeline import StableDiffusion
-from sdlearn.scenes import parse
 from sdlearn.speed import FastAttention, TiledVAE, compiled, faster, places, ramp, sliced_attention, tiled
-from sdlearn.tasks import to_tensor
+from sdlearn.tiny.scenes import parse
+from sdlearn.tiny.tasks import to_tensor
 from sdlearn.unet import UNet, UNetConfig, record_attention
 from sdlearn.vae import VAE
 from sdlearn.weights import load_vae

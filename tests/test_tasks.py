@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import ImageColor
 from torch import nn
 
-from sdlearn import tasks
 from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig
-from sdlearn.scenes import BACKGROUNDS, COLOURS, OBJECTS, Scene, Thing, parse, random_scene, split_of
 from sdlearn.schedule import Schedule
-from sdlearn.tasks import (
+from sdlearn.tiny import tasks
+from sdlearn.tiny.scenes import BACKGROUNDS, COLOURS, OBJECTS, Scene, Thing, parse, random_scene, split_of
+from sdlearn.tiny.tasks import (
     PREVIEW,
     CLIPTask,
     DecoderTask,

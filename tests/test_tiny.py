@@ -10,11 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sdlearn import tiny
-from sdlearn.judge import look
+from sdlearn.tiny import recipe as tiny
 from sdlearn.pipeline import StableDiffusion
-from sdlearn.tasks import GuidedTask, PlacesTask
-from sdlearn.tiny import (
+from sdlearn.tiny.judge import look
+from sdlearn.tiny.recipe import (
     BANK,
     MAKE,
     STAGES,
@@ -26,6 +25,7 @@ from sdlearn.tiny import (
     make_unet,
     make_vae,
 )
+from sdlearn.tiny.tasks import GuidedTask, PlacesTask
 from sdlearn.training import Average, averaged_weights, resume
 from sdlearn.unet import UNet
 from sdlearn.vae import VAE
@@ -120,7 +120,7 @@ def test_the_guided_stage_begins_with_the_trained_unet_and_is_what_is_exported(r
 
 
 def test_export_writes_a_checkpoint_that_the_pipeline_loads(runs, tmp_path):
-    from sdlearn.evaluate import load_judge
+    from sdlearn.tiny.evaluate import load_judge
 
     folder = tmp_path / "tiny"
     tiny.export(runs, folder)

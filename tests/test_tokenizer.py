@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from sdlearn.scenes import random_scene
+from sdlearn.tiny.scenes import random_scene
 from sdlearn.tokenizer import BOS, EOS, Tokenizer, apply_merges, clean, join, learn_merges, spell, vocabulary, words
 
 transformers.logging.set_verbosity_error()

@@ -264,9 +264,7 @@ def test_another_vae(tmp_path, model, kind):
     weights.save(single, model[1], dtype=None)
     sizes = model[1].text_encoder.config, SMALL_VAE, SMALL_UNET
     assert same(weights.load_single_file(single, None, *sizes, other_vae=given).vae.state_dict(), wanted)
-    with pytest.raises(
-        ValueError, match="is SD 1, but a VAE alone is wanted: give its file"
-    ):
+    with pytest.raises(ValueError, match="is SD 1, but a VAE alone is wanted: give its file"):
         weights.load(model[0], vae=single)
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-HAND_WRITTEN = {"__init__", "__main__", "cli", "headers", "hub", "inspection", "moving", "show"}
 MARK = "by `make export`; edit it there."
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 
@@ -114,7 +113,8 @@ def read_notebook(path: Path, modules: dict[str, Module]) -> None:
             name = words.get("export") or default
             if not name:
                 raise ExportError("no module is named; put '#| default_exp NAME' into the first code cell")
-            if not name.isidentifier() or not name.islower() or name in HAND_WRITTEN:
+            words_of = name.split(".")  # vae, or tiny.scenes in a room of its own
+            if len(words_of) > 2 or not all(w.isidentifier() and w.islower() for w in words_of):
                 raise ExportError(f"a module cannot be called '{name}'; take a short lower-case name of its own")
             add_cell(modules.setdefault(name, Module()), code)
             modules[name].notebooks[path.name] = True
@@ -145,7 +145,15 @@ def render(name: str, modules: dict[str, Module]) -> str:
 def tidy(text: str, name: str) -> str:
     """Merge and sort the imports, drop unused ones, format; complain about a name that nothing defines."""
     for command in (["check", "--fix", "--select", "I,F401,F821", "--output-format", "concise"], ["format"]):
-        words = ["ruff", *command, "--quiet", "--no-cache", "--stdin-filename", f"src/sdlearn/{name}.py", "-"]
+        words = [
+            "ruff",
+            *command,
+            "--quiet",
+            "--no-cache",
+            "--stdin-filename",
+            f"src/sdlearn/{name.replace('.', '/')}.py",
+            "-",
+        ]
         result = subprocess.run([sys.executable, "-m", *words], input=text, capture_output=True, text=True, cwd=ROOT)
         if result.returncode:
             raise ExportError(f"{name}: {result.stderr.strip()} (an exported cell must import or define it)")
@@ -165,19 +173,32 @@ def export(book: Path, package: Path, check: bool = False, only: tuple[str, ...]
                 errors.append(str(error))
     wanted = {name: m for name, m in modules.items() if not only or set(only) & set(m.notebooks)}
     try:
-        texts = {} if errors else {package / f"{name}.py": render(name, modules) for name in wanted}
+        texts = {} if errors else {path_of(name, package): render(name, modules) for name in wanted}
     except ExportError as error:
         errors.append(str(error))
+    there = {path: path.read_text("utf-8") for path in sorted(package.rglob("*.py"))}
+    errors += [
+        f"{min(modules[name].notebooks)}: {path.name} is written by hand; give the module another name"
+        for name in wanted
+        if (path := path_of(name, package)) in there and MARK not in there[path]
+    ]
     if errors:
         return [], errors
-    changed = {p: t for p, t in texts.items() if not p.exists() or p.read_text(encoding="utf-8") != t}
+    changed = {path: text for path, text in texts.items() if there.get(path) != text}
     for path, text in {} if check else changed.items():
+        path.parent.mkdir(exist_ok=True)
         fresh = path.with_suffix(".new")  # then replaced in one step: an interruption leaves the old file whole
         fresh.write_text(text, encoding="utf-8", newline="\n")
         os.replace(fresh, path)
-    orphans = [] if only else [p for p in sorted(package.glob("*.py")) if p.stem not in modules]
-    errors = [f"{p.stem}: no notebook exports it now; delete it" for p in orphans if MARK in p.read_text("utf-8")]
-    return [path.stem for path in changed], errors
+    known = {path_of(name, package) for name in modules}
+    orphans = [] if only else [path for path, text in there.items() if MARK in text and path not in known]
+    errors = [f"{path.name}: no notebook exports it now; delete it" for path in orphans]
+    return [path.relative_to(package).as_posix() for path in changed], errors
+
+
+def path_of(name: str, package: Path) -> Path:
+    """vae -> vae.py, tiny.scenes -> tiny/scenes.py."""
+    return package.joinpath(*name.split(".")).with_suffix(".py")
 
 
 def main() -> int:
@@ -190,7 +211,7 @@ def main() -> int:
         parser.error(f"there is no notebook book/{missing[0]}")
     changed, errors = export(ROOT / "book", ROOT / "src" / "sdlearn", options.check, only)
     for name in changed:
-        print(f"src/sdlearn/{name}.py", "differs from its notebook; run `make export`" if options.check else "written")
+        print(f"src/sdlearn/{name}", "differs from its notebook; run `make export`" if options.check else "written")
     for error in errors:
         print(error, file=sys.stderr)
     return int(bool(errors or (options.check and changed)))

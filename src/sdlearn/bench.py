@@ -98,7 +98,9 @@ class Row:
         return self.ours / self.theirs
 
 
-def alternate(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> tuple[list, list]:
+def alternate(
+    ours: Callable[[], object], theirs: Callable[[], object], repeats: int
+) -> tuple[list, list]:
     """What both give, in turns, so that whatever else the machine does meets both; one round before does not count."""
     found = [(ours(), theirs()) for _ in range(repeats + 1)][1:]
     return [a for a, _ in found], [b for _, b in found]
@@ -122,13 +124,20 @@ def timer(work: Callable[[], object], device: torch.device) -> Callable[[], floa
     return timed
 
 
-def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object], device: torch.device,
-            repeats: int) -> Row:  # fmt: skip
+def compare(
+    name: str,
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    device: torch.device,
+    repeats: int,
+) -> Row:
     mine, other = alternate(timer(ours, device), timer(theirs, device), repeats)
     return Row(name, statistics.median(mine), statistics.median(other))
 
 
-def random_model(make: type[nn.Module], config: object, dtype: torch.dtype) -> nn.Module:
+def random_model(
+    make: type[nn.Module], config: object, dtype: torch.dtype
+) -> nn.Module:
     """A network of random weights that keep activations near one; made in its final precision, cheaply."""
     model = empty(make, config).to_empty(device="cpu").to(dtype)
     with torch.no_grad():
@@ -142,15 +151,25 @@ def random_model(make: type[nn.Module], config: object, dtype: torch.dtype) -> n
 
 def write_models(folder: Path, sizes: tuple, dtype: torch.dtype, size: int) -> Path:
     """The same random weights as a diffusers folder, and as a 32-bit single file, as published; returns the file."""
-    text, vae, unet = (random_model(m, c, dtype) for m, c in zip((CLIPTextEncoder, VAE, UNet), sizes, strict=True))
+    text, vae, unet = (
+        random_model(m, c, dtype)
+        for m, c in zip((CLIPTextEncoder, VAE, UNet), sizes, strict=True)
+    )
     parts = Tokenizer.clip(), text, vae, unet, Schedule()
     save_pipeline(folder, *parts, dtype=dtype, size=size)
     save_single_file(folder / "model.safetensors", *parts[1:4], dtype=torch.float32)
     return folder / "model.safetensors"
 
 
-def networks(folder: Path, device: torch.device, dtype: torch.dtype, size: int, parts: list[str], repeats: int,
-             compiled: bool) -> list[Row]:  # fmt: skip
+def networks(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int,
+    parts: list[str],
+    repeats: int,
+    compiled: bool,
+) -> list[Row]:
     """One call of each network, eager and, if wanted, compiled."""
     import transformers
     from diffusers import StableDiffusionPipeline
@@ -159,7 +178,9 @@ def networks(folder: Path, device: torch.device, dtype: torch.dtype, size: int, 
     disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     sd = StableDiffusion.load(folder, device, dtype, fast=True)
-    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, safety_checker=None).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        folder, dtype=dtype, safety_checker=None
+    ).to(device)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(0)
@@ -168,25 +189,47 @@ def networks(folder: Path, device: torch.device, dtype: torch.dtype, size: int, 
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     side = size // sd.factor
-    xt, context, latents = noise(2, 4, side, side), noise(2, 77, sd.text_encoder.config.width), noise(1, 4, side, side)
-    tokens, t = sd.tokenizer([PROMPT, ""]).to(device), torch.tensor([500, 500], device=device)
+    xt, context, latents = (
+        noise(2, 4, side, side),
+        noise(2, 77, sd.text_encoder.config.width),
+        noise(1, 4, side, side),
+    )
+    tokens, t = (
+        sd.tokenizer([PROMPT, ""]).to(device),
+        torch.tensor([500, 500], device=device),
+    )
     scale = sd.vae.config.scale
     rows = []
     if "unet" in parts:
-        ours, theirs = lambda: sd.unet(xt, t, context), lambda: pipe.unet(xt, 500, context).sample
+        ours, theirs = (
+            lambda: sd.unet(xt, t, context),
+            lambda: pipe.unet(xt, 500, context).sample,
+        )
         rows.append(compare("U-Net step, two halves", ours, theirs, device, repeats))
         if compiled:
-            torch._inductor.config.freezing = device.type == "cpu"  # weights become constants, laid out for the kernels
+            torch._inductor.config.freezing = (
+                device.type == "cpu"
+            )  # weights become constants, laid out for the kernels
             compile_unet(sd.unet)
             other, plain = torch.compile(pipe.unet), theirs
             theirs = lambda: other(xt, 500, context).sample  # noqa: E731
-            rows.append(compare("U-Net step, both compiled", ours, theirs, device, repeats))
-            rows.append(compare("U-Net step, compiled, to eager", ours, plain, device, repeats))
+            rows.append(
+                compare("U-Net step, both compiled", ours, theirs, device, repeats)
+            )
+            rows.append(
+                compare("U-Net step, compiled, to eager", ours, plain, device, repeats)
+            )
     if "vae" in parts:
-        ours, theirs = lambda: sd.vae.decode(latents), lambda: pipe.vae.decode(latents / scale).sample
+        ours, theirs = (
+            lambda: sd.vae.decode(latents),
+            lambda: pipe.vae.decode(latents / scale).sample,
+        )
         rows.append(compare("VAE decode", ours, theirs, device, repeats))
     if "text" in parts:
-        ours, theirs = lambda: sd.text_encoder(tokens), lambda: pipe.text_encoder(tokens).last_hidden_state
+        ours, theirs = (
+            lambda: sd.text_encoder(tokens),
+            lambda: pipe.text_encoder(tokens).last_hidden_state,
+        )
         rows.append(compare("text encoder, two prompts", ours, theirs, device, repeats))
     return rows
 
@@ -194,32 +237,70 @@ def networks(folder: Path, device: torch.device, dtype: torch.dtype, size: int, 
 def in_a_process(script: str, threads: int) -> tuple[float, float]:
     """Seconds, and the most memory in GiB, of a fresh Python that runs the script, imports included."""
     code = MEASURED.format(script=script, threads=threads)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
     if done.returncode:
-        raise ValueError(f"a process of the benchmark failed: {done.stderr.strip().splitlines()[-1]}")
+        raise ValueError(
+            f"a process of the benchmark failed: {done.stderr.strip().splitlines()[-1]}"
+        )
     seconds, memory = map(float, done.stdout.split()[-2:])
     return seconds, memory
 
 
-def whole_processes(names: tuple[str, str], scripts: tuple[str, str], words: dict[str, object], repeats: int,
-                    threads: int) -> list[Row]:  # fmt: skip
+def whole_processes(
+    names: tuple[str, str],
+    scripts: tuple[str, str],
+    words: dict[str, object],
+    repeats: int,
+    threads: int,
+) -> list[Row]:
     """Seconds and peak memory of two scripts, each in a fresh Python."""
-    ours, theirs = (lambda script=script: in_a_process(script.format(**words), threads) for script in scripts)
+    ours, theirs = (
+        lambda script=script: in_a_process(script.format(**words), threads)
+        for script in scripts
+    )
     both = alternate(ours, theirs, repeats)
-    return [Row(name, *(statistics.median(x[i] for x in side) for side in both)) for i, name in enumerate(names)]
+    return [
+        Row(name, *(statistics.median(x[i] for x in side) for side in both))
+        for i, name in enumerate(names)
+    ]
 
 
-def loading(file: Path, device: torch.device, dtype: torch.dtype, size: int, repeats: int, threads: int) -> list[Row]:
+def loading(
+    file: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int,
+    repeats: int,
+    threads: int,
+) -> list[Row]:
     """From nothing to the first step."""
-    words = {"path": str(file), "config": str(file.parent), "device": str(device), "prompt": PROMPT, "size": size,
-             "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
-    names = f"single file to first step, {file.stat().st_size / 1e9:.1f} GB", "  its peak memory, GiB"
+    words = {
+        "path": str(file),
+        "config": str(file.parent),
+        "device": str(device),
+        "prompt": PROMPT,
+        "size": size,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    names = (
+        f"single file to first step, {file.stat().st_size / 1e9:.1f} GB",
+        "  its peak memory, GiB",
+    )
     return whole_processes(names, (OURS, THEIRS), words, repeats, threads)
 
 
-def tiles(folder: Path, device: torch.device, dtype: torch.dtype, size: int, threads: int) -> list[Row]:
+def tiles(
+    folder: Path, device: torch.device, dtype: torch.dtype, size: int, threads: int
+) -> list[Row]:
     """A picture with four times the side, decoded in tiles; once, since it takes long."""
-    words = {"path": str(folder), "device": str(device), "side": size // 2, "dtype": str(dtype).removeprefix("torch.")}
+    words = {
+        "path": str(folder),
+        "device": str(device),
+        "side": size // 2,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     names = f"tiled decode, {4 * size} pixels", "  its peak memory, GiB"
     return whole_processes(names, (OUR_TILES, THEIR_TILES), words, 1, threads)
 
@@ -228,61 +309,145 @@ def tiny_process(model: Path, repeats: int, threads: int) -> Row:
     """One picture of 50 steps by the tiny model, from the shell's prompt to the file."""
     with tempfile.TemporaryDirectory() as folder:
         mine, other = Path(folder) / "ours.png", Path(folder) / "theirs.png"
-        command = ["txt2img", PROMPT, "--model", str(model), "-o", str(mine), "--device", "cpu"]
+        command = [
+            "txt2img",
+            PROMPT,
+            "--model",
+            str(model),
+            "-o",
+            str(mine),
+            "--device",
+            "cpu",
+        ]
         ours = f"from sdlearn.cli import main\nassert main({command!r}) == 0"
         theirs = TINY.format(path=str(model), prompt=PROMPT, output=str(other))
-        both = alternate(lambda: in_a_process(ours, threads), lambda: in_a_process(theirs, threads), repeats)
-    return Row("tiny model, whole process", *(statistics.median(x[0] for x in side) for side in both))
+        both = alternate(
+            lambda: in_a_process(ours, threads),
+            lambda: in_a_process(theirs, threads),
+            repeats,
+        )
+    return Row(
+        "tiny model, whole process",
+        *(statistics.median(x[0] for x in side) for side in both),
+    )
 
 
 def table_of(rows: list[Row], about: dict[str, str]) -> str:
     """The rows as text, with what they were measured on."""
     lines = [", ".join(f"{name} {value}" for name, value in about.items())]
     lines.append(f"{'seconds (medians)':34}{'ours':>9}{'diffusers':>11}{'ratio':>8}")
-    return "\n".join(lines + [f"{r.name:34}{r.ours:9.3f}{r.theirs:11.3f}{r.ratio:8.2f}" for r in rows])
+    return "\n".join(
+        lines
+        + [f"{r.name:34}{r.ours:9.3f}{r.theirs:11.3f}{r.ratio:8.2f}" for r in rows]
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
-    parser.add_argument("--size", type=int, default=512, metavar="PX", help="side of the picture (512)")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)"
+    )
+    parser.add_argument(
+        "--size", type=int, default=512, metavar="PX", help="side of the picture (512)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(bf16)")
-    parser.add_argument("--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is there)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of a CPU")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements of each, medians count (3)")
-    parser.add_argument("--compile", action="store_true", help="also compile both U-Nets (minutes)")
-    parser.add_argument("--small", action="store_true", help="small networks: does it run?")
-    parser.add_argument("--model", type=Path, default=Path("checkpoints/tiny"), help="the tiny model")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="cuda, mps or cpu (default: the first that is there)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        metavar="N",
+        help="of a CPU",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        metavar="N",
+        help="measurements of each, medians count (3)",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="also compile both U-Nets (minutes)"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="small networks: does it run?"
+    )
+    parser.add_argument(
+        "--model", type=Path, default=Path("checkpoints/tiny"), help="the tiny model"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the figures to this file"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
     """`sdlearn bench`: the table."""
     if unknown := set(args.parts) - set(PARTS):
-        raise ValueError(f"part {min(unknown)!r} is unknown: choose from {', '.join(PARTS)}")
+        raise ValueError(
+            f"part {min(unknown)!r} is unknown: choose from {', '.join(PARTS)}"
+        )
     if args.repeats < 1 or args.threads < 1:
-        raise ValueError(f"--repeats {args.repeats} and --threads {args.threads}: give at least 1 of each")
+        raise ValueError(
+            f"--repeats {args.repeats} and --threads {args.threads}: give at least 1 of each"
+        )
     if args.size < 64 or args.size % 64:
         raise ValueError(f"--size {args.size}: give a multiple of 64 pixels")
-    parts, device, dtype = args.parts or list(PARTS), pick_device(args.device), DTYPES[args.dtype]
+    parts, device, dtype = (
+        args.parts or list(PARTS),
+        pick_device(args.device),
+        DTYPES[args.dtype],
+    )
     torch.set_num_threads(args.threads)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what libraries tell would stand in the table's way
-    about = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # what libraries tell would stand in the table's way
+    about = {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "diffusers", "transformers")
+    }
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    about |= {"device": f"{device} ({name})", "threads": str(args.threads), "dtype": args.dtype, "size": str(args.size)}
+    about |= {
+        "device": f"{device} ({name})",
+        "threads": str(args.threads),
+        "dtype": args.dtype,
+        "size": str(args.size),
+    }
     rows = []
     if set(parts) - {"tiny"}:
         with tempfile.TemporaryDirectory() as folder:
-            file = write_models(Path(folder), SMALL if args.small else FULL, dtype, args.size)
+            file = write_models(
+                Path(folder), SMALL if args.small else FULL, dtype, args.size
+            )
             if set(parts) & {"unet", "vae", "text"}:
-                rows += networks(Path(folder), device, dtype, args.size, parts, args.repeats, args.compile)
+                rows += networks(
+                    Path(folder),
+                    device,
+                    dtype,
+                    args.size,
+                    parts,
+                    args.repeats,
+                    args.compile,
+                )
             if "load" in parts:
                 if args.small:
-                    raise ValueError("a single file has Stable Diffusion's sizes: leave out --small, or load")
-                rows += loading(file, device, dtype, args.size, args.repeats, args.threads)
+                    raise ValueError(
+                        "a single file has Stable Diffusion's sizes: leave out --small, or load"
+                    )
+                rows += loading(
+                    file, device, dtype, args.size, args.repeats, args.threads
+                )
             if "tiles" in parts:
                 rows += tiles(Path(folder), device, dtype, args.size, args.threads)
     if "tiny" in parts:
         rows.append(tiny_process(args.model, args.repeats, args.threads))
     print(table_of(rows, about))
     if args.json:
-        args.json.write_text(json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps(
+                {"about": about, "rows": [asdict(row) for row in rows]}, indent=1
+            )
+            + "\n"
+        )

@@ -17,7 +17,12 @@ class ResBlock(nn.Module):
     """
 
     def __init__(
-        self, channels: int, out_channels: int, groups: int = 32, eps: float = 1e-6, time_width: int | None = None
+        self,
+        channels: int,
+        out_channels: int,
+        groups: int = 32,
+        eps: float = 1e-6,
+        time_width: int | None = None,
     ):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, channels, eps)
@@ -25,7 +30,11 @@ class ResBlock(nn.Module):
         self.time_emb_proj = nn.Linear(time_width, out_channels) if time_width else None
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+        self.conv_shortcut = (
+            nn.Conv2d(channels, out_channels, 1)
+            if channels != out_channels
+            else nn.Identity()
+        )
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
@@ -58,7 +67,9 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, asymmetric: bool = False):
         super().__init__()
         self.asymmetric = asymmetric
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+        self.conv = nn.Conv2d(
+            channels, channels, 3, stride=2, padding=0 if asymmetric else 1
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)

@@ -69,7 +69,9 @@ class CLIPTextEncoder(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab, config.width)
         self.position_embedding = nn.Embedding(config.positions, config.width)
-        self.layers = nn.ModuleList(CLIPLayer(config.width, config.heads) for _ in range(config.layers))
+        self.layers = nn.ModuleList(
+            CLIPLayer(config.width, config.heads) for _ in range(config.layers)
+        )
         self.final_layer_norm = nn.LayerNorm(config.width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding.weight, std=0.01)
@@ -78,7 +80,9 @@ class CLIPTextEncoder(nn.Module):
         """The embedding and the output of each layer: layers + 1 tensors (B, S, D), before the final LayerNorm."""
         length, positions = tokens.shape[-1], self.config.positions
         if length > positions:
-            raise ValueError(f"{length} tokens do not fit into {positions} positions: truncate them")
+            raise ValueError(
+                f"{length} tokens do not fit into {positions} positions: truncate them"
+            )
         x = self.token_embedding(tokens) + self.position_embedding.weight[:length]
         states = [x]
         for layer in self.layers:
@@ -88,7 +92,9 @@ class CLIPTextEncoder(nn.Module):
     def forward(self, tokens: Tensor, skip: int = 0) -> Tensor:
         """The context; `skip` leaves out that many of the last layers ("clip skip")."""
         if not 0 <= skip <= self.config.layers:
-            raise ValueError(f"skip is {skip}: choose 0 to {self.config.layers}, the number of layers to leave out")
+            raise ValueError(
+                f"skip is {skip}: choose 0 to {self.config.layers}, the number of layers to leave out"
+            )
         return self.final_layer_norm(self.hidden_states(tokens)[-1 - skip])
 
     def pool(self, tokens: Tensor, context: Tensor) -> Tensor:
@@ -116,20 +122,30 @@ class CLIPImageEncoder(nn.Module):
         self.config = config
         scale = config.width**-0.5
         self.class_embedding = nn.Parameter(scale * torch.randn(config.width))
-        self.patch_embedding = nn.Conv2d(3, config.width, config.patch, stride=config.patch, bias=False)
-        self.position_embedding = nn.Embedding((config.size // config.patch) ** 2 + 1, config.width)
+        self.patch_embedding = nn.Conv2d(
+            3, config.width, config.patch, stride=config.patch, bias=False
+        )
+        self.position_embedding = nn.Embedding(
+            (config.size // config.patch) ** 2 + 1, config.width
+        )
         self.pre_layernorm = nn.LayerNorm(config.width)
-        self.layers = nn.ModuleList(CLIPLayer(config.width, config.heads) for _ in range(config.layers))
+        self.layers = nn.ModuleList(
+            CLIPLayer(config.width, config.heads) for _ in range(config.layers)
+        )
         self.post_layernorm = nn.LayerNorm(config.width)
         nn.init.normal_(self.position_embedding.weight, std=scale)
 
     def forward(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
         if (height, width) != (self.config.size, self.config.size):
-            raise ValueError(f"the picture is {width}x{height}, this tower sees {self.config.size} squared: resize it")
+            raise ValueError(
+                f"the picture is {width}x{height}, this tower sees {self.config.size} squared: resize it"
+            )
         patches = self.patch_embedding(image).flatten(2).transpose(1, 2)  # (B, T, D)
         first = self.class_embedding.expand(len(image), 1, -1).to(patches)
-        x = self.pre_layernorm(torch.cat([first, patches], dim=1) + self.position_embedding.weight)
+        x = self.pre_layernorm(
+            torch.cat([first, patches], dim=1) + self.position_embedding.weight
+        )
         for layer in self.layers:
             x = layer(x)
         return self.post_layernorm(x[:, 0])
@@ -159,4 +175,8 @@ class CLIP(nn.Module):
 
     def forward(self, tokens: Tensor, image: Tensor) -> Tensor:
         """Scaled cosines (texts, images)."""
-        return self.logit_scale.exp().clamp(max=100.0) * self.embed_text(tokens) @ self.embed_image(image).T
+        return (
+            self.logit_scale.exp().clamp(max=100.0)
+            * self.embed_text(tokens)
+            @ self.embed_image(image).T
+        )

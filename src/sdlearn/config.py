@@ -37,25 +37,56 @@ __all__ = [
 
 # What our classes always do. A file that says otherwise is another model; a key that stands nowhere here is harmless.
 UNET_ALWAYS = {
-    "addition_embed_type": None, "use_linear_projection": False, "class_embed_type": None, "num_class_embeds": None,
-    "encoder_hid_dim": None, "encoder_hid_dim_type": None, "time_cond_proj_dim": None, "only_cross_attention": False,
-    "mid_block_only_cross_attention": None, "dual_cross_attention": False, "cross_attention_norm": None,
-    "mid_block_type": "UNetMidBlock2DCrossAttn", "transformer_layers_per_block": 1, "attention_type": "default",
-    "act_fn": "silu", "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "center_input_sample": False,
-    "downsample_padding": 1, "conv_in_kernel": 3, "conv_out_kernel": 3, "mid_block_scale_factor": 1,
-    "resnet_time_scale_shift": "default", "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0,
-    "time_embedding_type": "positional", "time_embedding_dim": None, "time_embedding_act_fn": None,
+    "addition_embed_type": None,
+    "use_linear_projection": False,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "time_cond_proj_dim": None,
+    "only_cross_attention": False,
+    "mid_block_only_cross_attention": None,
+    "dual_cross_attention": False,
+    "cross_attention_norm": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "transformer_layers_per_block": 1,
+    "attention_type": "default",
+    "act_fn": "silu",
+    "norm_eps": 1e-5,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "center_input_sample": False,
+    "downsample_padding": 1,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "mid_block_scale_factor": 1,
+    "resnet_time_scale_shift": "default",
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
     "timestep_post_act": None,
-}  # fmt: skip
+}
 VAE_ALWAYS = {
-    "in_channels": 3, "out_channels": 3, "act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True,
-    "use_post_quant_conv": True, "shift_factor": None, "latents_mean": None, "latents_std": None,
-}  # fmt: skip
+    "in_channels": 3,
+    "out_channels": 3,
+    "act_fn": "silu",
+    "mid_block_add_attention": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+}
 CLIP_ALWAYS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 SCHEDULE_ALWAYS = {
-    "trained_betas": None, "clip_sample": False, "thresholding": False, "set_alpha_to_one": False,
+    "trained_betas": None,
+    "clip_sample": False,
+    "thresholding": False,
+    "set_alpha_to_one": False,
     "rescale_betas_zero_snr": False,
-}  # fmt: skip
+}
 HINTS = {
     "addition_embed_type": "this is the U-Net of SDXL, see chapter 17",
     "use_linear_projection": "this is a U-Net of SD 2 or SDXL, see chapter 17",
@@ -69,17 +100,27 @@ def read_json(path: str | Path) -> dict:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: a model folder in diffusers' layout holds it, so copy it again") from None
+        raise ValueError(
+            f"{path} is missing: a model folder in diffusers' layout holds it, so copy it again"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}): copy it again") from None
+        raise ValueError(
+            f"{path} cannot be read as JSON ({error}): copy it again"
+        ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, but a JSON object is wanted: copy it again")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, but a JSON object is wanted: copy it again"
+        )
     return content
 
 
 def one(value: object) -> object:
     """A list of equal entries is that entry: newer files say once what older ones say for every level."""
-    return value[0] if isinstance(value, list) and value and all(x == value[0] for x in value) else value
+    return (
+        value[0]
+        if isinstance(value, list) and value and all(x == value[0] for x in value)
+        else value
+    )
 
 
 def refuse_others(content: dict, always: dict[str, object], part: str) -> None:
@@ -87,26 +128,40 @@ def refuse_others(content: dict, always: dict[str, object], part: str) -> None:
     for key, value in always.items():
         if one(content.get(key, value)) != value:
             hint = HINTS.get(key, "take another model")
-            raise ValueError(f"{part} config: {key} is {content[key]!r}, but sdlearn knows only {value!r} here: {hint}")
+            raise ValueError(
+                f"{part} config: {key} is {content[key]!r}, but sdlearn knows only {value!r} here: {hint}"
+            )
 
 
 def number(content: dict, key: str, part: str) -> int:
     """A whole number above 0."""
     value = one(content.get(key))
     if type(value) is not int or value < 1:
-        raise ValueError(f"{part} config: {key} is {content.get(key)!r}, but a whole number above 0 is wanted")
+        raise ValueError(
+            f"{part} config: {key} is {content.get(key)!r}, but a whole number above 0 is wanted"
+        )
     return value
 
 
-def numbers(content: dict, key: str, part: str, count: int | None = None) -> tuple[int, ...]:
+def numbers(
+    content: dict, key: str, part: str, count: int | None = None
+) -> tuple[int, ...]:
     """A list of whole numbers above 0; one number alone stands for `count` equal ones."""
     value = content.get(key)
     if count and type(value) is int:
         value = [value] * count
-    if not isinstance(value, list) or not value or any(type(x) is not int or x < 1 for x in value):
-        raise ValueError(f"{part} config: {key} is {content.get(key)!r}, but a list of whole numbers above 0 is wanted")
+    if (
+        not isinstance(value, list)
+        or not value
+        or any(type(x) is not int or x < 1 for x in value)
+    ):
+        raise ValueError(
+            f"{part} config: {key} is {content.get(key)!r}, but a list of whole numbers above 0 is wanted"
+        )
     if count and len(value) != count:
-        raise ValueError(f"{part} config: {key} has {len(value)} entries, but block_out_channels has {count}")
+        raise ValueError(
+            f"{part} config: {key} has {len(value)} entries, but block_out_channels has {count}"
+        )
     return tuple(value)
 
 
@@ -116,13 +171,24 @@ def unet_from_json(content: dict) -> UNetConfig:
     channels = numbers(content, "block_out_channels", "unet")
     known = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
     attention = tuple(known.get(kind) for kind in content.get("down_block_types", ()))
-    upwards = [kind.replace("Down", "Up") for kind in reversed(content.get("down_block_types", ()))]
-    if None in attention or len(attention) != len(channels) or content.get("up_block_types", upwards) != upwards:
+    upwards = [
+        kind.replace("Down", "Up")
+        for kind in reversed(content.get("down_block_types", ()))
+    ]
+    if (
+        None in attention
+        or len(attention) != len(channels)
+        or content.get("up_block_types", upwards) != upwards
+    ):
         raise ValueError(
             f"unet config: blocks {content.get('down_block_types')} down and {content.get('up_block_types')} up for "
             f"{len(channels)} levels; sdlearn knows (CrossAttn)DownBlock2D, one a level, and their mirror image"
         )
-    heads_key = "num_attention_heads" if content.get("num_attention_heads") else "attention_head_dim"
+    heads_key = (
+        "num_attention_heads"
+        if content.get("num_attention_heads")
+        else "attention_head_dim"
+    )
     return UNetConfig(
         channels=channels,
         attention=attention,
@@ -137,7 +203,9 @@ def unet_from_json(content: dict) -> UNetConfig:
 
 def unet_to_json(config: UNetConfig, sample_size: int) -> dict:
     """Ours -> `unet/config.json`; sample_size is the side of the latents that it was trained on."""
-    down = ["CrossAttnDownBlock2D" if there else "DownBlock2D" for there in config.attention]
+    down = [
+        "CrossAttnDownBlock2D" if there else "DownBlock2D" for there in config.attention
+    ]
     return {
         "_class_name": "UNet2DConditionModel",
         "sample_size": sample_size,
@@ -157,12 +225,21 @@ def vae_from_json(content: dict) -> VAEConfig:
     """`vae/config.json` -> ours."""
     refuse_others(content, VAE_ALWAYS, "vae")
     channels = numbers(content, "block_out_channels", "vae")
-    for key, kind in {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}.items():
+    for key, kind in {
+        "down_block_types": "DownEncoderBlock2D",
+        "up_block_types": "UpDecoderBlock2D",
+    }.items():
         if content.get(key, wanted := [kind] * len(channels)) != wanted:
-            raise ValueError(f"vae config: {key} is {content[key]}, but sdlearn knows only {kind}, one a level")
-    scale = content.get("scaling_factor", VAEConfig.scale)  # SD 1's own file is older than this key
+            raise ValueError(
+                f"vae config: {key} is {content[key]}, but sdlearn knows only {kind}, one a level"
+            )
+    scale = content.get(
+        "scaling_factor", VAEConfig.scale
+    )  # SD 1's own file is older than this key
     if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
-        raise ValueError(f"vae config: scaling_factor is {scale!r}, but a number above 0 is wanted; SD 1 has 0.18215")
+        raise ValueError(
+            f"vae config: scaling_factor is {scale!r}, but a number above 0 is wanted; SD 1 has 0.18215"
+        )
     return VAEConfig(
         channels=channels,
         blocks=number(content, "layers_per_block", "vae"),
@@ -191,9 +268,14 @@ def vae_to_json(config: VAEConfig, sample_size: int) -> dict:
 def refuse_other_towers(content: dict, part: str) -> None:
     """Both towers of CLIP are made of the same layers."""
     refuse_others(content, CLIP_ALWAYS, part)
-    inner, width = content.get("intermediate_size"), number(content, "hidden_size", part)
+    inner, width = (
+        content.get("intermediate_size"),
+        number(content, "hidden_size", part),
+    )
     if inner != 4 * width:
-        raise ValueError(f"{part} config: intermediate_size is {inner}, but sdlearn knows only 4 x {width} here")
+        raise ValueError(
+            f"{part} config: intermediate_size is {inner}, but sdlearn knows only 4 x {width} here"
+        )
 
 
 def text_from_json(content: dict) -> CLIPTextConfig:
@@ -202,7 +284,9 @@ def text_from_json(content: dict) -> CLIPTextConfig:
     vocab = number(content, "vocab_size", "text encoder")
     end = content.get("eos_token_id", vocab - 1)
     if end not in (vocab - 1, 2):  # older files say 2 and mean the largest id
-        raise ValueError(f"text encoder config: eos_token_id is {end}, but the last of {vocab} entries is wanted")
+        raise ValueError(
+            f"text encoder config: eos_token_id is {end}, but the last of {vocab} entries is wanted"
+        )
     return CLIPTextConfig(
         vocab=vocab,
         positions=number(content, "max_position_embeddings", "text encoder"),
@@ -234,11 +318,20 @@ def clip_from_json(content: dict) -> tuple[CLIPTextConfig, CLIPImageConfig, int]
     """`clip/config.json` of a whole CLIP -> both towers and the width of the common space."""
     text, image = content.get("text_config"), content.get("vision_config")
     if not isinstance(text, dict) or not isinstance(image, dict):
-        raise ValueError("clip config: text_config or vision_config is missing, but a whole CLIPModel is wanted")
+        raise ValueError(
+            "clip config: text_config or vision_config is missing, but a whole CLIPModel is wanted"
+        )
     refuse_other_towers(image, "image tower")
-    sizes = {"size": "image_size", "patch": "patch_size", "width": "hidden_size", "layers": "num_hidden_layers",
-             "heads": "num_attention_heads"}  # fmt: skip
-    config = CLIPImageConfig(**{ours: number(image, theirs, "image tower") for ours, theirs in sizes.items()})
+    sizes = {
+        "size": "image_size",
+        "patch": "patch_size",
+        "width": "hidden_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+    }
+    config = CLIPImageConfig(
+        **{ours: number(image, theirs, "image tower") for ours, theirs in sizes.items()}
+    )
     return text_from_json(text), config, number(content, "projection_dim", "clip")
 
 
@@ -255,21 +348,42 @@ def clip_to_json(text: CLIPTextConfig, image: CLIPImageConfig, projection: int) 
         "num_attention_heads": image.heads,
         "projection_dim": projection,
     }
-    towers = {"text_config": text_to_json(text, projection), "vision_config": vision | CLIP_ALWAYS}
-    return {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": projection} | towers
+    towers = {
+        "text_config": text_to_json(text, projection),
+        "vision_config": vision | CLIP_ALWAYS,
+    }
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": projection,
+    } | towers
 
 
 SCHEDULE_KEYS = {
-    "steps": "num_train_timesteps", "beta_start": "beta_start", "beta_end": "beta_end", "kind": "beta_schedule",
-    "prediction": "prediction_type", "spacing": "timestep_spacing", "offset": "steps_offset",
-}  # fmt: skip
+    "steps": "num_train_timesteps",
+    "beta_start": "beta_start",
+    "beta_end": "beta_end",
+    "kind": "beta_schedule",
+    "prediction": "prediction_type",
+    "spacing": "timestep_spacing",
+    "offset": "steps_offset",
+}
 
 
 def schedule_from_json(content: dict) -> Schedule:
     """`scheduler/scheduler_config.json` -> ours. The sampler that it names is not taken over: one chooses it anew."""
     refuse_others(content, SCHEDULE_ALWAYS, "scheduler")
-    found = {ours: content[theirs] for ours, theirs in SCHEDULE_KEYS.items() if theirs in content}
-    absent = {"beta_start": 0.0001, "beta_end": 0.02, "kind": "linear", "offset": 0}  # what diffusers then takes
+    found = {
+        ours: content[theirs]
+        for ours, theirs in SCHEDULE_KEYS.items()
+        if theirs in content
+    }
+    absent = {
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "kind": "linear",
+        "offset": 0,
+    }  # what diffusers then takes
     try:
         return Schedule(**(absent | found))
     except (ValueError, TypeError) as error:

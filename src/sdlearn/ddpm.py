@@ -11,7 +11,16 @@ from torch import Tensor
 
 from sdlearn.schedule import Schedule, predict_x0, split_prediction
 
-__all__ = ["posterior", "ddpm_step", "ddim_step", "kept_timesteps", "draw_noise", "SAMPLERS", "Step", "sample"]
+__all__ = [
+    "posterior",
+    "ddpm_step",
+    "ddim_step",
+    "kept_timesteps",
+    "draw_noise",
+    "SAMPLERS",
+    "Step",
+    "sample",
+]
 
 
 def posterior(schedule: Schedule, t: int, t_prev: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,7 +35,9 @@ def posterior(schedule: Schedule, t: int, t_prev: int) -> tuple[Tensor, Tensor, 
     return from_x0, from_xt, variance
 
 
-def ddpm_step(schedule: Schedule, xt: Tensor, eps: Tensor, t: int, t_prev: int, noise: Tensor) -> Tensor:
+def ddpm_step(
+    schedule: Schedule, xt: Tensor, eps: Tensor, t: int, t_prev: int, noise: Tensor
+) -> Tensor:
     """One ancestral step from t to t_prev (Ho et al. 2020, algorithm 2). t_prev -1 is the last step: no noise then."""
     x0 = predict_x0(schedule, xt, eps, t)
     from_x0, from_xt, variance = posterior(schedule, t, t_prev)
@@ -35,16 +46,26 @@ def ddpm_step(schedule: Schedule, xt: Tensor, eps: Tensor, t: int, t_prev: int, 
 
 
 def ddim_step(
-    schedule: Schedule, xt: Tensor, eps: Tensor, t: int, t_prev: int, eta: float = 0.0, noise: Tensor | None = None
+    schedule: Schedule,
+    xt: Tensor,
+    eps: Tensor,
+    t: int,
+    t_prev: int,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """One step from t to t_prev (Song et al. 2021, eqs. 12 and 16): eta 0 adds no noise, eta 1 as much as DDPM.
 
     After the last step (t_prev -1) Stable Diffusion's alpha_bar is alpha_bar[0], not 1 (set_alpha_to_one=False).
     """
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; give a number from 0 (no noise) to 1 (the noise of DDPM)")
+        raise ValueError(
+            f"eta is {eta}; give a number from 0 (no noise) to 1 (the noise of DDPM)"
+        )
     if eta > 0 and noise is None:
-        raise ValueError(f"eta {eta} adds noise; pass noise in the shape of xt, or eta=0")
+        raise ValueError(
+            f"eta {eta} adds noise; pass noise in the shape of xt, or eta=0"
+        )
     x0, eps = split_prediction(schedule, xt, eps, t)
     a, a_prev = schedule.alpha_bar[t], schedule.alpha_bar[max(t_prev, 0)]
     sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
@@ -55,8 +76,12 @@ def ddim_step(
 def kept_timesteps(schedule: Schedule, n: int, strength: float) -> Tensor:
     """The last min(int(n * strength), n) of n times: where image-to-image starts; noise is added at the first one."""
     times = schedule.timesteps(n)
-    if not isinstance(strength, int | float) or not 0 < strength <= 1:  # NaN fails here too
-        raise ValueError(f"strength is {strength!r}; give a number above 0 (keep the picture) up to 1 (forget it)")
+    if (
+        not isinstance(strength, int | float) or not 0 < strength <= 1
+    ):  # NaN fails here too
+        raise ValueError(
+            f"strength is {strength!r}; give a number above 0 (keep the picture) up to 1 (forget it)"
+        )
     kept = min(int(n * strength), n)
     if kept == 0:
         least = math.ceil(1000 / n) / 1000
@@ -80,7 +105,9 @@ def draw_noise(
     if generator is None or isinstance(generator, torch.Generator):
         return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
     if len(generator) != shape[0]:
-        raise ValueError(f"{len(generator)} generators for {shape[0]} pictures; give one for each, or a single one")
+        raise ValueError(
+            f"{len(generator)} generators for {shape[0]} pictures; give one for each, or a single one"
+        )
     noise = [torch.randn(*shape[1:], generator=g) for g in generator]
     return torch.stack(noise).to(device=device, dtype=dtype)
 
@@ -97,7 +124,9 @@ class Step(NamedTuple):
     x0: Tensor
 
 
-def _walk(denoise, xt: Tensor, schedule: Schedule, times: list[int], step, generator) -> Iterator[Step]:
+def _walk(
+    denoise, xt: Tensor, schedule: Schedule, times: list[int], step, generator
+) -> Iterator[Step]:
     for index, (t, t_prev) in enumerate(zip(times, [*times[1:], -1], strict=True)):
         output = denoise(xt, t)
         x0 = predict_x0(schedule, xt, output, t)
@@ -121,9 +150,13 @@ def sample(
     It keeps gradients; call it under `torch.inference_mode()` to draw pictures.
     """
     if isinstance(sampler, str) and sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+        raise ValueError(
+            f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}"
+        )
     step = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
     times = [int(t) for t in timesteps]
     if not times or sorted(set(times), reverse=True) != times:
-        raise ValueError(f"timesteps {times} have to descend, at least one of them; take schedule.timesteps(n)")
+        raise ValueError(
+            f"timesteps {times} have to descend, at least one of them; take schedule.timesteps(n)"
+        )
     return _walk(denoise, latents, schedule, times, step, generator)

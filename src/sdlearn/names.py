@@ -28,7 +28,9 @@ __all__ = [
     "averaged_name",
 ]
 
-Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]  # (pattern, replacement), applied one after the other
+Rules = Sequence[
+    tuple[str, str | Callable[[re.Match], str]]
+]  # (pattern, replacement), applied one after the other
 
 
 def rename(name: str, rules: Rules) -> str:
@@ -55,9 +57,13 @@ VAE_RULES = (  # ours -> diffusers'
     (r"(down|up)(_blocks\.\d+)\.resample", r"\1\2.\1samplers.0"),
     (r"\.norm_out", ".conv_norm_out"),
 )
-OLD_VAE_RULES = (*VAE_RULES,  # as diffusers wrote them before 2023
-    (r"\.to_q\.", ".query."), (r"\.to_k\.", ".key."), (r"\.to_v\.", ".value."), (r"\.to_out\.0\.", ".proj_attn."),
-)  # fmt: skip
+OLD_VAE_RULES = (
+    *VAE_RULES,  # as diffusers wrote them before 2023
+    (r"\.to_q\.", ".query."),
+    (r"\.to_k\.", ".key."),
+    (r"\.to_v\.", ".value."),
+    (r"\.to_out\.0\.", ".proj_attn."),
+)
 TRANSFORMER_RULES = (  # inside a SpatialTransformer, diffusers and CompVis agree
     (r"\.to_out\.", ".to_out.0."),
     (r"\.ff\.proj\.", ".ff.net.0.proj."),
@@ -71,7 +77,9 @@ def unet_rules(config: UNetConfig) -> Rules:
     def place(match: re.Match) -> str:
         way, kind = match[1], match[3]
         level, i = divmod(int(match[2]), config.blocks + (1 if way == "down" else 2))
-        return f"{way}_blocks.{level}." + (f"{way}samplers.0.conv." if kind == "conv" else f"{kind}s.{i}.")
+        return f"{way}_blocks.{level}." + (
+            f"{way}samplers.0.conv." if kind == "conv" else f"{kind}s.{i}."
+        )
 
     return (
         (r"^(down|up)\.(\d+)\.(resnet|attention|conv)\.", place),
@@ -82,9 +90,13 @@ def unet_rules(config: UNetConfig) -> Rules:
 
 
 LDM_RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-}  # fmt: skip
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 
 
 def ldm_unet_rules(config: UNetConfig) -> Rules:
@@ -93,18 +105,32 @@ def ldm_unet_rules(config: UNetConfig) -> Rules:
     def place(match: re.Match) -> str:
         way, n, kind = match[1], int(match[2]), match[3]
         if way == "down":
-            return f"input_blocks.{n + 1}." + {"resnet": "0.", "attention": "1.", "conv": "0.op."}[kind]
+            return (
+                f"input_blocks.{n + 1}."
+                + {"resnet": "0.", "attention": "1.", "conv": "0.op."}[kind]
+            )
         level, i = divmod(n, config.blocks + 2)
-        last = 2 if config.attention[::-1][level] else 1  # the upsampler comes after the attention, if there is one
+        last = (
+            2 if config.attention[::-1][level] else 1
+        )  # the upsampler comes after the attention, if there is one
         block = level * (config.blocks + 1) + min(i, config.blocks)
-        return f"output_blocks.{block}." + {"resnet": "0.", "attention": "1.", "conv": f"{last}.conv."}[kind]
+        return (
+            f"output_blocks.{block}."
+            + {"resnet": "0.", "attention": "1.", "conv": f"{last}.conv."}[kind]
+        )
 
     return (
-        (rf"(resnet|resnets\.\d)\.({'|'.join(LDM_RESNET)})\.", lambda match: f"{match[1]}.{LDM_RESNET[match[2]]}."),
+        (
+            rf"(resnet|resnets\.\d)\.({'|'.join(LDM_RESNET)})\.",
+            lambda match: f"{match[1]}.{LDM_RESNET[match[2]]}.",
+        ),
         (r"^(down|up)\.(\d+)\.(resnet|attention|conv)\.", place),
         (r"^middle\.resnets\.(\d)", lambda match: f"middle_block.{2 * int(match[1])}"),
         (r"^middle\.attention", "middle_block.1"),
-        (r"^time_embedding\.linear_(\d)", lambda match: f"time_embed.{2 * int(match[1]) - 2}"),
+        (
+            r"^time_embedding\.linear_(\d)",
+            lambda match: f"time_embed.{2 * int(match[1]) - 2}",
+        ),
         (r"^conv_in", "input_blocks.0.0"),
         (r"^conv_norm_out", "out.0"),
         (r"^conv_out", "out.2"),
@@ -131,7 +157,9 @@ def ldm_vae_rules(config: VAEConfig) -> Rules:
 def clip_name(name: str) -> str:
     """Our name in a whole CLIP -> transformers' name."""
     tower, _, rest = name.partition(".")
-    theirs = {"text_encoder": "text_model.", "image_encoder": "vision_model."}.get(tower)
+    theirs = {"text_encoder": "text_model.", "image_encoder": "vision_model."}.get(
+        tower
+    )
     return theirs + rename(rest, CLIP_RULES) if theirs else name
 
 
@@ -151,13 +179,19 @@ SIGNS = {  # a pattern in the names of the tensors -> what the file is; the firs
 def recognise(names: Iterable[str]) -> str:
     """What a single file is, told from the names of its tensors."""
     text = "\n".join(names)
-    return next((kind for sign, kind in SIGNS.items() if re.search(sign, text, re.MULTILINE)), "unknown")
+    return next(
+        (kind for sign, kind in SIGNS.items() if re.search(sign, text, re.MULTILINE)),
+        "unknown",
+    )
 
 
-LDM_PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.transformer."}
+LDM_PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text": "cond_stage_model.transformer.",
+}
 IGNORED = {  # how a name begins -> why such a tensor is not needed to draw
-    r"(log_)?(one_minus_)?(sqrt_)?(recip_?|recipm1_|one_minus_)?(betas|alphas_cumprod)(_prev)?$":
-        "a table of the noise schedule, which follows from two numbers",
+    r"(log_)?(one_minus_)?(sqrt_)?(recip_?|recipm1_|one_minus_)?(betas|alphas_cumprod)(_prev)?$": "a table of the noise schedule, which follows from two numbers",
     r"posterior_": "a table of the reverse process, which follows from the same two numbers",
     r"logvar$|lvlb_": "a weight of the training loss",
     r"scale_factor$": "the latent scale, which stands in the configuration",
@@ -165,12 +199,14 @@ IGNORED = {  # how a name begins -> why such a tensor is not needed to draw
     r"cond_stage_model\.(logit_scale|text_projection)": "a part of CLIP that only compares texts with pictures",
     r"((first_stage_model|vae)\.)?loss\.": "a judge of the VAE's training",
     r"model_ema\.": "the averaged copy, taken only when it is asked for",
-}  # fmt: skip
+}
 
 
 def why_ignored(name: str) -> str | None:
     """The reason why a tensor of a single file is not needed; None if it must find a place."""
-    return next((reason for pattern, reason in IGNORED.items() if re.match(pattern, name)), None)
+    return next(
+        (reason for pattern, reason in IGNORED.items() if re.match(pattern, name)), None
+    )
 
 
 def averaged_name(name: str) -> str:

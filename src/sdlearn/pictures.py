@@ -32,7 +32,9 @@ def check_input_size(image: Image.Image) -> None:
     """Refuse what would fill the memory, before it is unpacked."""
     if max(image.size) > LARGEST_INPUT:
         size = "x".join(map(str, image.size))
-        raise ValueError(f"the picture is {size} pixels; at most {LARGEST_INPUT} a side are read, so make it smaller")
+        raise ValueError(
+            f"the picture is {size} pixels; at most {LARGEST_INPUT} a side are read, so make it smaller"
+        )
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -45,7 +47,9 @@ def open_image(path: str | Path) -> Image.Image:
     except FileNotFoundError:
         raise ValueError(f"there is no picture at {path}") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture that can be read: give a PNG or a JPEG, say") from None
+        raise ValueError(
+            f"{path} is not a picture that can be read: give a PNG or a JPEG, say"
+        ) from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from None
 
@@ -54,21 +58,31 @@ def to_tensor(image: Image.Image, width: int, height: int) -> Tensor:
     """A picture of any kind -> (1, 3, height, width) in [-1, 1]: upright, on white, scaled, cropped at its centre."""
     check_input_size(image)
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # grey in more than 8 bits
+    if image.mode in ("I", "F") or image.mode.startswith(
+        "I;16"
+    ):  # grey in more than 8 bits
         grey = np.asarray(image, dtype=np.float32)
-        image = Image.fromarray((grey / (257 if grey.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(
+            (grey / (257 if grey.max() > 255 else 1)).clip(0, 255).astype(np.uint8)
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    image = ImageOps.fit(
+        image.convert("RGB"), (width, height), Image.Resampling.LANCZOS
+    )
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def to_image(image: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> a picture."""
     if not image.isfinite().all():
-        raise ValueError("the picture came out as not-a-number, an overflow of 16 bits: load with dtype=torch.float32")
-    pixels = (image.float() * 127.5 + 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+        raise ValueError(
+            "the picture came out as not-a-number, an overflow of 16 bits: load with dtype=torch.float32"
+        )
+    pixels = (
+        (image.float() * 127.5 + 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+    )
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
@@ -80,7 +94,9 @@ def describe(prompt: str, negative_prompt: str = "", **settings: object) -> str:
     pairs = []
     for name, value in settings.items():
         text = str(value)
-        text = json.dumps(text, ensure_ascii=False) if set(text) & set(',:"\n') else text
+        text = (
+            json.dumps(text, ensure_ascii=False) if set(text) & set(',:"\n') else text
+        )
         pairs.append(f"{name.replace('_', ' ')}: {text}")
     negative = [f"Negative prompt: {negative_prompt}"] if negative_prompt else []
     return "\n".join([prompt, *negative, ", ".join(pairs)])
@@ -100,6 +116,10 @@ def read_parameters(path: str | Path) -> dict[str, str]:
     *lines, settings = text.split("\n")
     prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")
     found = {"prompt": prompt, "negative_prompt": negative}
-    for match in re.finditer(r'([\w ][\w /-]*): ("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)', settings):
-        found[match[1].strip()] = json.loads(match[2]) if match[2].startswith('"') else match[2]
+    for match in re.finditer(
+        r'([\w ][\w /-]*): ("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)', settings
+    ):
+        found[match[1].strip()] = (
+            json.loads(match[2]) if match[2].startswith('"') else match[2]
+        )
     return found if text else {}

@@ -8,7 +8,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["CHOICES", "Schedule", "signal_and_noise", "add_noise", "training_target", "split_prediction", "predict_x0"]
+__all__ = [
+    "CHOICES",
+    "Schedule",
+    "signal_and_noise",
+    "add_noise",
+    "training_target",
+    "split_prediction",
+    "predict_x0",
+]
 
 CHOICES = {
     "kind": ("scaled_linear", "linear"),
@@ -42,10 +50,14 @@ class Schedule:
     def __post_init__(self):
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}"
+                )
         for name, least in (("steps", 1), ("offset", 0)):
             if not _is_int(getattr(self, name)) or getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; give a whole number, {least} or more")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; give a whole number, {least} or more"
+                )
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"betas from {self.beta_start} to {self.beta_end}: give 0 < beta_start <= beta_end < 1, "
@@ -56,8 +68,18 @@ class Schedule:
     def betas(self) -> Tensor:
         """(steps,) float32 on the CPU: the variance of the noise that step t mixes in."""
         if self.kind == "linear":
-            return torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float32)
-        return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float32) ** 2
+            return torch.linspace(
+                self.beta_start, self.beta_end, self.steps, dtype=torch.float32
+            )
+        return (
+            torch.linspace(
+                self.beta_start**0.5,
+                self.beta_end**0.5,
+                self.steps,
+                dtype=torch.float32,
+            )
+            ** 2
+        )
 
     @cached_property
     def alpha_bar(self) -> Tensor:
@@ -67,38 +89,52 @@ class Schedule:
     def timesteps(self, n: int) -> Tensor:
         """The n times that a sampler visits: (n,) int64, descending; "leading" 50 of 1000 is 981, 961 ... 1."""
         if not _is_int(n) or not 1 <= n <= self.steps:
-            raise ValueError(f"{n!r} sampling steps: give a whole number from 1 to {self.steps}")
+            raise ValueError(
+                f"{n!r} sampling steps: give a whole number from 1 to {self.steps}"
+            )
         count = torch.arange(n, dtype=torch.float64)
         if self.spacing == "trailing":
-            stride = (self.steps - self.steps / n) - self.steps  # numpy.arange's own rounding, so that ties fall alike
+            stride = (
+                self.steps - self.steps / n
+            ) - self.steps  # numpy.arange's own rounding, so that ties fall alike
             return (self.steps + count * stride).round().long() - 1
         if self.spacing == "linspace":
             return (count * ((self.steps - 1) / max(n - 1, 1))).round().long().flip(0)
         stride = self.steps // n
-        offset = min(self.offset, self.steps - 1 - (n - 1) * stride)  # a thousand steps of 1000 leave no room for it
+        offset = min(
+            self.offset, self.steps - 1 - (n - 1) * stride
+        )  # a thousand steps of 1000 leave no room for it
         return count.long().flip(0) * stride + offset
 
 
-def signal_and_noise(schedule: Schedule, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def signal_and_noise(
+    schedule: Schedule, t: int | Tensor, like: Tensor
+) -> tuple[Tensor, Tensor]:
     """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at t, an int or a (B,) tensor, shaped so that they multiply `like`."""
     if isinstance(t, Tensor) and t.ndim:
         alpha_bar = schedule.alpha_bar.to(t.device)[t].view(-1, *[1] * (like.ndim - 1))
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
     if not 0 <= t < schedule.steps:
         raise ValueError(f"t is {int(t)}; times go from 0 to {schedule.steps - 1}")
-    alpha_bar = schedule.alpha_bar[int(t)]  # without dimensions: it follows the other tensor's device and dtype
+    alpha_bar = schedule.alpha_bar[
+        int(t)
+    ]  # without dimensions: it follows the other tensor's device and dtype
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
 def add_noise(schedule: Schedule, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
     """The forward process in one jump (Ho et al. 2020, eq. 4): x0, noise (B,...), t an int or (B,) -> xt (B,...)."""
     if x0.shape != noise.shape:
-        raise ValueError(f"x0 is {tuple(x0.shape)} but noise is {tuple(noise.shape)}; draw noise in the shape of x0")
+        raise ValueError(
+            f"x0 is {tuple(x0.shape)} but noise is {tuple(noise.shape)}; draw noise in the shape of x0"
+        )
     signal, sigma = signal_and_noise(schedule, t, x0)
     return signal * x0 + sigma * noise
 
 
-def training_target(schedule: Schedule, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
+def training_target(
+    schedule: Schedule, x0: Tensor, noise: Tensor, t: int | Tensor
+) -> Tensor:
     """What the network has to answer at xt = add_noise(schedule, x0, noise, t), after the schedule's `prediction`."""
     if schedule.prediction == "epsilon":
         return noise
@@ -108,7 +144,9 @@ def training_target(schedule: Schedule, x0: Tensor, noise: Tensor, t: int | Tens
     return signal * noise - sigma * x0  # v (Salimans & Ho 2022, appendix D)
 
 
-def split_prediction(schedule: Schedule, xt: Tensor, output: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+def split_prediction(
+    schedule: Schedule, xt: Tensor, output: Tensor, t: int | Tensor
+) -> tuple[Tensor, Tensor]:
     """Reads the network's output at (xt, t), after the schedule's `prediction`, as the pair (x0, eps)."""
     signal, sigma = signal_and_noise(schedule, t, xt)
     if schedule.prediction == "epsilon":
@@ -118,6 +156,8 @@ def split_prediction(schedule: Schedule, xt: Tensor, output: Tensor, t: int | Te
     return signal * xt - sigma * output, signal * output + sigma * xt
 
 
-def predict_x0(schedule: Schedule, xt: Tensor, output: Tensor, t: int | Tensor) -> Tensor:
+def predict_x0(
+    schedule: Schedule, xt: Tensor, output: Tensor, t: int | Tensor
+) -> Tensor:
     """The clean picture that the network's output (eps, unless the schedule says otherwise) means at (xt, t)."""
     return split_prediction(schedule, xt, output, t)[0]

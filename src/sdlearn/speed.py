@@ -31,7 +31,9 @@ __all__ = [
 ]
 
 LARGE = 2**20  # weights of one head, from which slices pay
-BLOCK = 2**22  # weights that are alive at once: 8 MB in 16 bits, what a processor's cache can hold
+BLOCK = (
+    2**22
+)  # weights that are alive at once: 8 MB in 16 bits, what a processor's cache can hold
 
 
 def sliced_attention(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK) -> Tensor:
@@ -41,7 +43,10 @@ def sliced_attention(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK) -> Ten
     softmax is needed, since a row of one picture's weights is short.
     """
     shape, (places, words) = q.shape, (q.shape[2], k.shape[2])
-    q, k, v = ((y if y.is_contiguous() else y.contiguous()).flatten(0, 1) for y in (q * q.shape[-1] ** -0.5, k, v))
+    q, k, v = (
+        (y if y.is_contiguous() else y.contiguous()).flatten(0, 1)
+        for y in (q * q.shape[-1] ** -0.5, k, v)
+    )
     heads = max(1, min(len(q), max(torch.get_num_threads(), block // (places * words))))
     rows = max(1, min(places, block // (heads * words)))
     y = torch.empty_like(q)
@@ -81,7 +86,9 @@ class FastAttention(Attention):
             setattr(self, name, part)
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
+        return self.split_heads(self.to_k(context)), self.split_heads(
+            self.to_v(context)
+        )
 
     def words(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Its keys and values, computed at the first time."""
@@ -92,13 +99,19 @@ class FastAttention(Attention):
         self.known = [(context, *both), *self.known[:1]]
         return both
 
-    def forward(self, x: Tensor, context: Tensor | None = None, causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
         if causal:
             return super().forward(x, context, causal)
         q = self.split_heads(self.to_q(x))
         k, v = self.keys_and_values(x) if context is None else self.words(context)
         large = self.sliced and q.shape[2] * k.shape[2] >= LARGE
-        y = sliced_attention(q, k, v) if large else F.scaled_dot_product_attention(q, k, v)
+        y = (
+            sliced_attention(q, k, v)
+            if large
+            else F.scaled_dot_product_attention(q, k, v)
+        )
         return self.to_out(y.transpose(1, 2).flatten(2))
 
 
@@ -117,7 +130,13 @@ def ramp(tile: int, begins: bool, ends: bool, overlap: int) -> Tensor:
     return torch.minimum(ones if begins else rise, ones if ends else rise.flip(0))
 
 
-def tiled(work: Callable[[slice, slice], Tensor], size: tuple[int, int], tile: int, overlap: int, scale: int) -> Tensor:
+def tiled(
+    work: Callable[[slice, slice], Tensor],
+    size: tuple[int, int],
+    tile: int,
+    overlap: int,
+    scale: int,
+) -> Tensor:
     """What `work(rows, columns)` answers for overlapping windows of a map of `size` (h, w), blended into one answer.
 
     The answer to a window is `scale` times as large as the window.
@@ -128,7 +147,10 @@ def tiled(work: Callable[[slice, slice], Tensor], size: tuple[int, int], tile: i
             part = work(slice(top, top + tile), slice(left, left + tile))
             if y is None:
                 whole = scale * size[0], scale * size[1]
-                y, total = part.new_zeros(*part.shape[:2], *whole), part.new_zeros(whole)
+                y, total = (
+                    part.new_zeros(*part.shape[:2], *whole),
+                    part.new_zeros(whole),
+                )
             (i, j), (h, w) = (scale * top, scale * left), part.shape[-2:]
             down = ramp(h, i == 0, i + h == whole[0], scale * overlap)
             across = ramp(w, j == 0, j + w == whole[1], scale * overlap)
@@ -148,7 +170,11 @@ def faster(network: nn.Module, sliced: bool | None = None) -> nn.Module:
             if type(part) is Attention:
                 weight = part.to_q.weight
                 if sliced is None:
-                    sliced = weight.device.type == "cpu" and weight.dtype != torch.float32 and slices_win(weight.dtype)
+                    sliced = (
+                        weight.device.type == "cpu"
+                        and weight.dtype != torch.float32
+                        and slices_win(weight.dtype)
+                    )
                 setattr(module, name, FastAttention(part, sliced))
     return network
 
@@ -163,7 +189,9 @@ class TiledVAE(nn.Module):
     def __init__(self, vae: VAE, tile: int = 64, overlap: int = 16):
         super().__init__()
         if not 0 < overlap <= tile // 2:
-            raise ValueError(f"tiles of {tile} cannot overlap by {overlap}: give an overlap from 1 to half of a tile")
+            raise ValueError(
+                f"tiles of {tile} cannot overlap by {overlap}: give an overlap from 1 to half of a tile"
+            )
         self.vae, self.config, self.tile, self.overlap = vae, vae.config, tile, overlap
         self.factor = 2 ** (len(vae.config.channels) - 1)
 
@@ -177,7 +205,9 @@ class TiledVAE(nn.Module):
             window = (slice(f * x.start, f * x.stop) for x in (rows, columns))
             return self.vae.quant_conv(self.vae.encoder(image[(..., *window)]))
 
-        return DiagonalGaussian(tiled(moments, (height // f, width // f), self.tile, self.overlap, 1))
+        return DiagonalGaussian(
+            tiled(moments, (height // f, width // f), self.tile, self.overlap, 1)
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         """As VAE.decode."""
@@ -185,7 +215,9 @@ class TiledVAE(nn.Module):
         def pixels(rows: slice, columns: slice) -> Tensor:
             return self.vae.decode(latents[..., rows, columns])
 
-        return tiled(pixels, tuple(latents.shape[-2:]), self.tile, self.overlap, self.factor)
+        return tiled(
+            pixels, tuple(latents.shape[-2:]), self.tile, self.overlap, self.factor
+        )
 
 
 def compiled(network: nn.Module, whole: bool = True) -> nn.Module:
@@ -196,12 +228,22 @@ def compiled(network: nn.Module, whole: bool = True) -> nn.Module:
     """
     on_cpu = next(network.parameters()).device.type == "cpu"
     if on_cpu and not any(map(shutil.which, ("g++", "clang++", "cl"))):
-        raise ValueError("compiling for a CPU wants a C++ compiler, and none is there: install g++, or do not compile")
-    torch._dynamo.config.recompile_limit = 64  # the blocks have one code, and many sizes
+        raise ValueError(
+            "compiling for a CPU wants a C++ compiler, and none is there: install g++, or do not compile"
+        )
+    torch._dynamo.config.recompile_limit = (
+        64  # the blocks have one code, and many sizes
+    )
     for part in network.modules():
         if isinstance(part, FastAttention):
-            part.words = part.keys_and_values  # what is remembered would change from picture to picture
-    blocks = [part for part in network.modules() if isinstance(part, ResBlock | SpatialTransformer)]
+            part.words = (
+                part.keys_and_values
+            )  # what is remembered would change from picture to picture
+    blocks = [
+        part
+        for part in network.modules()
+        if isinstance(part, ResBlock | SpatialTransformer)
+    ]
     for part in [network] if whole else blocks:
         part.compile(dynamic=False)
     return network

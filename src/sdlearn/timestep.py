@@ -18,9 +18,15 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> T
     `ldm/modules/diffusionmodules/util.py`.
     """
     if width % 2:
-        raise ValueError(f"width {width} is odd: half of it are cosines, half sines, so choose an even width")
+        raise ValueError(
+            f"width {width} is odd: half of it are cosines, half sines, so choose an even width"
+        )
     half = width // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    frequencies = torch.exp(
+        -math.log(max_period)
+        * torch.arange(half, dtype=torch.float32, device=t.device)
+        / half
+    )
     angles = t.float()[:, None] * frequencies  # (B, width / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

@@ -45,9 +45,15 @@ BOS, EOS, END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 def byte_symbols() -> dict[int, str]:
     """Byte -> one visible character, in the order of CLIP's vocabulary (GPT-2's encoder.py, bytes_to_unicode)."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    visible = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     hidden = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
+    return {byte: chr(byte) for byte in visible} | {
+        byte: chr(256 + n) for n, byte in enumerate(hidden)
+    }
 
 
 SYMBOL_OF_BYTE = byte_symbols()
@@ -60,11 +66,15 @@ def spell(word: str) -> list[str]:
         symbols = [SYMBOL_OF_BYTE[byte] for byte in word.encode()]
     except UnicodeEncodeError as error:
         half = f"U+{ord(word[error.start]):04X}"
-        raise ValueError(f"the text holds {half}, half of a character, which UTF-8 cannot write: remove it") from None
+        raise ValueError(
+            f"the text holds {half}, half of a character, which UTF-8 cannot write: remove it"
+        ) from None
     return [*symbols[:-1], symbols[-1] + END]
 
 
-WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+WORD = regex.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+)
 
 
 def clean(text: str) -> str:
@@ -78,7 +88,9 @@ def words(text: str) -> list[str]:
     pieces: list[str] = []
     for piece in WORD.findall(clean(text)):
         # Only a special token typed in capitals gets here: it is ordinary text, of three pieces.
-        pieces += regex.findall(r"\p{L}+|\P{L}+", piece) if piece in (BOS, EOS) else [piece]
+        pieces += (
+            regex.findall(r"\p{L}+|\P{L}+", piece) if piece in (BOS, EOS) else [piece]
+        )
     return pieces
 
 
@@ -93,7 +105,9 @@ def join(symbols: Sequence[str], pair: tuple[str, str]) -> list[str]:
     return joined
 
 
-def learn_merges(counts: dict[str, int], limit: int | None = None) -> list[tuple[str, str]]:
+def learn_merges(
+    counts: dict[str, int], limit: int | None = None
+) -> list[tuple[str, str]]:
     """Byte-pair encoding (Sennrich et al. 2016, section 3.2): word -> count becomes a list of merges, best first.
 
     The most frequent pair of neighbours is merged again and again; of equally frequent pairs the alphabetically
@@ -101,7 +115,9 @@ def learn_merges(counts: dict[str, int], limit: int | None = None) -> list[tuple
     """
     spelled = {word: spell(word) for word in counts}
     pairs: Counter[tuple[str, str]] = Counter()
-    holders: defaultdict[tuple[str, str], set[str]] = defaultdict(set)  # pair -> the words that (once) held it
+    holders: defaultdict[tuple[str, str], set[str]] = defaultdict(
+        set
+    )  # pair -> the words that (once) held it
     for word, symbols in spelled.items():
         for pair in pairwise(symbols):
             pairs[pair] += counts[word]
@@ -127,7 +143,9 @@ def apply_merges(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
     """The tokens of one word: of all neighbouring pairs the one learnt first is joined, until none is known."""
     symbols = spell(word)
     before, after = list(range(-1, len(symbols) - 1)), list(range(1, len(symbols) + 1))
-    heap = [(ranks[pair], at) for at, pair in enumerate(pairwise(symbols)) if pair in ranks]
+    heap = [
+        (ranks[pair], at) for at, pair in enumerate(pairwise(symbols)) if pair in ranks
+    ]
     heapq.heapify(heap)
     while heap:
         rank, at = heapq.heappop(heap)
@@ -149,11 +167,16 @@ def apply_merges(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
 
 def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
     """Token -> id: 256 bytes, 256 bytes that end a word, one token for each merge, start, end."""
-    symbols = [*SYMBOL_OF_BYTE.values(), *(symbol + END for symbol in SYMBOL_OF_BYTE.values())]
+    symbols = [
+        *SYMBOL_OF_BYTE.values(),
+        *(symbol + END for symbol in SYMBOL_OF_BYTE.values()),
+    ]
     known = set(symbols)
     for number, (left, right) in enumerate(merges):
         if not {left, right} <= known:
-            raise ValueError(f"merge {number} joins {left!r} and {right!r}, but no merge before it makes both")
+            raise ValueError(
+                f"merge {number} joins {left!r} and {right!r}, but no merge before it makes both"
+            )
         known.add(left + right)
         symbols.append(left + right)
     return {symbol: n for n, symbol in enumerate(dict.fromkeys([*symbols, BOS, EOS]))}
@@ -162,16 +185,22 @@ def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
 class BytePairs:
     """Text of any length <-> ids. The `special` tokens are recognised where they are typed, and never cut."""
 
-    def __init__(self, merges: Iterable[tuple[str, str]], special: Iterable[str] = (BOS, EOS)):
+    def __init__(
+        self, merges: Iterable[tuple[str, str]], special: Iterable[str] = (BOS, EOS)
+    ):
         self.merges = [(left, right) for left, right in merges]
         self.vocab = vocabulary(self.merges)
         self._special = dict.fromkeys(special)
         for token in self._special:
             if token not in self.vocab:
-                raise ValueError(f"the special token {token!r} is not in the vocabulary; CLIP has {BOS!r} and {EOS!r}")
+                raise ValueError(
+                    f"the special token {token!r} is not in the vocabulary; CLIP has {BOS!r} and {EOS!r}"
+                )
         self._tokens = list(self.vocab)
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
-        self._typed = regex.compile("(" + "|".join(map(regex.escape, self._special)) + ")")
+        self._typed = regex.compile(
+            "(" + "|".join(map(regex.escape, self._special)) + ")"
+        )
         self._cache: dict[str, list[str]] = {}
 
     def __len__(self) -> int:
@@ -180,7 +209,9 @@ class BytePairs:
     def split(self, text: str) -> list[str]:
         """The tokens of a text, as strings."""
         if not isinstance(text, str):
-            raise ValueError(f"the tokenizer was given {type(text).__name__}, but it reads text (str)")
+            raise ValueError(
+                f"the tokenizer was given {type(text).__name__}, but it reads text (str)"
+            )
         tokens: list[str] = []
         for n, part in enumerate(self._typed.split(text)):
             if n % 2:  # every second part is a special token
@@ -203,10 +234,17 @@ class BytePairs:
         symbols = ""
         for n in map(int, ids):
             if not 0 <= n < len(self):
-                raise ValueError(f"id {n} is not in the vocabulary, which has the ids 0 to {len(self) - 1}")
+                raise ValueError(
+                    f"id {n} is not in the vocabulary, which has the ids 0 to {len(self) - 1}"
+                )
             if special or self._tokens[n] not in self._special:
                 symbols += self._tokens[n]
-        return bytes(BYTE_OF_SYMBOL[symbol] for symbol in symbols).decode(errors="replace").replace(END, " ").strip()
+        return (
+            bytes(BYTE_OF_SYMBOL[symbol] for symbol in symbols)
+            .decode(errors="replace")
+            .replace(END, " ")
+            .strip()
+        )
 
 
 class Tokenizer(BytePairs):
@@ -216,10 +254,14 @@ class Tokenizer(BytePairs):
     padding token that is typed inside a text for the special token, too. Ids of `bos`, `eos`, `pad` are attributes.
     """
 
-    def __init__(self, merges: Iterable[tuple[str, str]], positions: int = 77, pad: str = EOS):
+    def __init__(
+        self, merges: Iterable[tuple[str, str]], positions: int = 77, pad: str = EOS
+    ):
         super().__init__(merges, (BOS, EOS, pad))
         if positions < 2:
-            raise ValueError(f"positions is {positions}, but start and end alone take 2; CLIP has 77")
+            raise ValueError(
+                f"positions is {positions}, but start and end alone take 2; CLIP has 77"
+            )
         self.positions = positions
         self.bos, self.eos, self.pad = (self.vocab[token] for token in (BOS, EOS, pad))
 
@@ -230,11 +272,20 @@ class Tokenizer(BytePairs):
         return cls(parse_merges(gzip.decompress(packed).decode()), positions, pad)
 
     @classmethod
-    def train(cls, captions: Iterable[str], merges: int | None = None, positions: int = 77) -> "Tokenizer":
+    def train(
+        cls, captions: Iterable[str], merges: int | None = None, positions: int = 77
+    ) -> "Tokenizer":
         """Learn a vocabulary; with `merges=None` until every word that occurs twice is one token."""
         if isinstance(captions, str):
-            raise ValueError("captions is one text, but a list of texts is wanted: write [text]")
-        return cls(learn_merges(Counter(word for text in captions for word in words(text)), merges), positions)
+            raise ValueError(
+                "captions is one text, but a list of texts is wanted: write [text]"
+            )
+        return cls(
+            learn_merges(
+                Counter(word for text in captions for word in words(text)), merges
+            ),
+            positions,
+        )
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """One text or several -> tokens (B, positions): start, the ids that fit, end, padding."""
@@ -250,7 +301,13 @@ class Tokenizer(BytePairs):
 
     def save(self, folder: str | Path) -> None:
         """Write the folder that transformers' CLIPTokenizer.from_pretrained reads."""
-        write_files(Path(folder), self.merges, self.vocab, self.positions, self._tokens[self.pad])
+        write_files(
+            Path(folder),
+            self.merges,
+            self.vocab,
+            self.positions,
+            self._tokens[self.pad],
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
@@ -258,14 +315,26 @@ class Tokenizer(BytePairs):
         merges, vocab, positions, pad = read_files(Path(folder))
         tokenizer = cls(merges, positions, pad)
         if vocab != tokenizer.vocab:
-            raise ValueError(f"vocab.json does not follow from merges.txt in {folder}: take both from one tokenizer")
+            raise ValueError(
+                f"vocab.json does not follow from merges.txt in {folder}: take both from one tokenizer"
+            )
         return tokenizer
 
 
-def write_files(folder: Path, merges: list[tuple[str, str]], vocab: dict[str, int], positions: int, pad: str) -> None:
+def write_files(
+    folder: Path,
+    merges: list[tuple[str, str]],
+    vocab: dict[str, int],
+    positions: int,
+    pad: str,
+) -> None:
     """A tokenizer folder as transformers and diffusers want it; each file appears whole or not at all."""
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": pad}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": positions, "do_lower_case": True} | special
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": positions,
+        "do_lower_case": True,
+    } | special
     texts = {
         "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges), ""]),
         "vocab.json": json.dumps(vocab, ensure_ascii=False),
@@ -284,10 +353,16 @@ def write_files(folder: Path, merges: list[tuple[str, str]], vocab: dict[str, in
 
 def parse_merges(text: str) -> list[tuple[str, str]]:
     """The lines of a merges.txt as pairs, without the `#version` header."""
-    pairs = [tuple(line.split()) for line in text.split("\n") if line.strip() and not line.startswith("#version")]
+    pairs = [
+        tuple(line.split())
+        for line in text.split("\n")
+        if line.strip() and not line.startswith("#version")
+    ]
     for number, pair in enumerate(pairs):
         if len(pair) != 2:
-            raise ValueError(f"merge {number} in merges.txt has {len(pair)} symbols, but 2 are wanted: copy it again")
+            raise ValueError(
+                f"merge {number} in merges.txt has {len(pair)} symbols, but 2 are wanted: copy it again"
+            )
     return pairs
 
 
@@ -298,19 +373,33 @@ def read_file(path: Path) -> str | dict:
         content = json.loads(text) if path.suffix == ".json" else text
     except (OSError, ValueError) as error:
         reason = "it is missing" if isinstance(error, FileNotFoundError) else error
-        raise ValueError(f"cannot read {path}: {reason}; a tokenizer folder has vocab.json and merges.txt") from None
+        raise ValueError(
+            f"cannot read {path}: {reason}; a tokenizer folder has vocab.json and merges.txt"
+        ) from None
     if path.suffix == ".json" and not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, but an object is wanted: copy the folder again")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, but an object is wanted: copy the folder again"
+        )
     return content
 
 
 def read_files(folder: Path) -> tuple[list[tuple[str, str]], dict[str, int], int, str]:
     """A tokenizer folder -> merges, vocabulary, positions, padding token."""
-    merges, vocab = parse_merges(read_file(folder / "merges.txt")), read_file(folder / "vocab.json")
+    merges, vocab = (
+        parse_merges(read_file(folder / "merges.txt")),
+        read_file(folder / "vocab.json"),
+    )
     config: dict = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         config |= read_file(folder / name) if (folder / name).exists() else {}
     positions, pad = config.get("model_max_length"), config.get("pad_token") or EOS
-    if not isinstance(positions, int) or positions > 100_000:  # some files say 10^30 and mean "unknown"
+    if (
+        not isinstance(positions, int) or positions > 100_000
+    ):  # some files say 10^30 and mean "unknown"
         positions = 77
-    return merges, vocab, positions, str(pad.get("content", EOS) if isinstance(pad, dict) else pad)
+    return (
+        merges,
+        vocab,
+        positions,
+        str(pad.get("content", EOS) if isinstance(pad, dict) else pad),
+    )

@@ -34,13 +34,24 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = {
+            name: p.detach().clone()
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))  # early on, forget the random start quickly
+        decay = min(
+            self.decay, (1 + step) / (10 + step)
+        )  # early on, forget the random start quickly
         mine, new = zip(
-            *((self.weights[n], p.detach()) for n, p in model.named_parameters() if p.requires_grad), strict=True
+            *(
+                (self.weights[n], p.detach())
+                for n, p in model.named_parameters()
+                if p.requires_grad
+            ),
+            strict=True,
         )
         torch._foreach_lerp_(list(mine), list(new), 1 - decay)
 
@@ -64,7 +75,9 @@ class Recipe:
     warmup: int = 200  # steps in which the learning rate rises from 0
     cooldown: int = 0  # last steps, in which it falls to 0 again
     decay: float = 0.01  # AdamW's weight decay
-    ema: float = 0.999  # the averaged weights forget with a time constant of 1 / (1 - ema) steps
+    ema: float = (
+        0.999  # the averaged weights forget with a time constant of 1 / (1 - ema) steps
+    )
     clip: float = 1.0  # largest norm of the gradient
     precision: str = "no"  # "no" (float32), "bf16" or "fp16"
     seed: int = 0
@@ -73,11 +86,17 @@ class Recipe:
     def __post_init__(self):
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: a training run needs at least 1")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}: a training run needs at least 1"
+                )
         if not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema}: give a number from 0 (no averaging) to below 1")
+            raise ValueError(
+                f"ema is {self.ema}: give a number from 0 (no averaging) to below 1"
+            )
         if self.precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"precision {self.precision!r} is unknown: use no, bf16 or fp16")
+            raise ValueError(
+                f"precision {self.precision!r} is unknown: use no, bf16 or fp16"
+            )
 
     def rate(self, step: int) -> float:
         """The learning rate at a step, counted from 0."""
@@ -130,7 +149,12 @@ def attention_kernels(device: torch.device) -> list:
 
 
 def save_state(
-    path: Path, done: int, recipe: Recipe, task: Task, optimizer: torch.optim.Optimizer, average: Average
+    path: Path,
+    done: int,
+    recipe: Recipe,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    average: Average,
 ) -> None:
     """All that a run needs to go on: weights, AdamW's memories, averages, and the number of steps done."""
     state = {
@@ -138,7 +162,9 @@ def save_state(
         "recipe": asdict(recipe),
         "average": average.weights,
         "optimizer": optimizer.state_dict(),
-        "weights": {n: p.detach() for n, p in task.named_parameters() if p.requires_grad},
+        "weights": {
+            n: p.detach() for n, p in task.named_parameters() if p.requires_grad
+        },
     }
     save_atomically(lambda part: torch.save(state, part), path)
 
@@ -162,20 +188,28 @@ def train(
     from torch.nn.attention import sdpa_kernel
 
     accelerate.state.AcceleratorState._reset_state()  # else the first run would fix the precision of all later ones
-    accelerator = accelerate.Accelerator(mixed_precision=recipe.precision, log_with="tensorboard", project_dir=folder)
+    accelerator = accelerate.Accelerator(
+        mixed_precision=recipe.precision, log_with="tensorboard", project_dir=folder
+    )
     rank, world = accelerator.process_index, accelerator.num_processes
     if recipe.batch % world:
-        raise ValueError(f"a batch of {recipe.batch} does not divide among {world} processes: choose a multiple")
+        raise ValueError(
+            f"a batch of {recipe.batch} does not divide among {world} processes: choose a multiple"
+        )
     share = recipe.batch // world
     learned = [p for p in task.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        learned, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.decay, fused=True
+    )
     average = Average(task.to(accelerator.device), recipe.ema)
     first = resume(folder / "state.pt", task, optimizer, average, recipe)
     model, optimizer = accelerator.prepare(task, optimizer)
     accelerator.init_trackers("tensorboard")
     started = time.perf_counter()
     for step in range(first, recipe.steps):
-        batch = task.examples(generators(recipe, step)[rank * share : (rank + 1) * share])
+        batch = task.examples(
+            generators(recipe, step)[rank * share : (rank + 1) * share]
+        )
         batch = {name: x.to(accelerator.device) for name, x in batch.items()}
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
@@ -188,16 +222,25 @@ def train(
         average.update(task, step)
         done = step + 1
         if done % log_every == 0:
-            scalars = {name: x.item() for name, x in losses.items()} | {"norm": float(norm), "lr": recipe.rate(step)}
-            scalars["examples_per_second"] = (done - first) * recipe.batch / (time.perf_counter() - started)
+            scalars = {name: x.item() for name, x in losses.items()} | {
+                "norm": float(norm),
+                "lr": recipe.rate(step),
+            }
+            scalars["examples_per_second"] = (
+                (done - first) * recipe.batch / (time.perf_counter() - started)
+            )
             accelerator.log(scalars, step=done)
             report(done, scalars)
-        if accelerator.is_main_process and (done % save_every == 0 or done == recipe.steps):
+        if accelerator.is_main_process and (
+            done % save_every == 0 or done == recipe.steps
+        ):
             save_state(folder / "state.pt", done, recipe, task, optimizer, average)
         if accelerator.is_main_process and preview_every and done % preview_every == 0:
             average.swap(task)
             pictures = task.preview().clamp(-1, 1)
-            accelerator.get_tracker("tensorboard").writer.add_images("preview", (pictures + 1) / 2, done)
+            accelerator.get_tracker("tensorboard").writer.add_images(
+                "preview", (pictures + 1) / 2, done
+            )
             show(done, pictures)
             average.swap(task)
     accelerator.end_training()
@@ -207,30 +250,54 @@ def train(
 def read_state(path: Path) -> dict:
     """A saved state, on the CPU; nothing in the file is ever executed."""
     if not path.exists():
-        raise ValueError(f"{path} is not there: train that stage first (sdlearn train {path.parent.name})")
+        raise ValueError(
+            f"{path} is not there: train that stage first (sdlearn train {path.parent.name})"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: state[name] for name in ("step", "recipe", "average", "optimizer", "weights")}
+        return {
+            name: state[name]
+            for name in ("step", "recipe", "average", "optimizer", "weights")
+        }
     except Exception as error:  # damaged bytes fail in many ways
-        raise ValueError(f"{path} is not a readable training state ({type(error).__name__}): remove it") from None
+        raise ValueError(
+            f"{path} is not a readable training state ({type(error).__name__}): remove it"
+        ) from None
 
 
-def resume(path: Path, task: Task, optimizer: torch.optim.Optimizer, average: Average, recipe: Recipe) -> int:
+def resume(
+    path: Path,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    average: Average,
+    recipe: Recipe,
+) -> int:
     """Put a saved state back, if there is one; returns the number of steps that are done."""
     if not path.exists():
         return 0
     state = read_state(path)
     free = {"steps", "cooldown"}  # a run may be made longer, and end gently
-    if not state["optimizer"]:  # weights of a checkpoint, with which a new run begins: any precision will do
+    if not state[
+        "optimizer"
+    ]:  # weights of a checkpoint, with which a new run begins: any precision will do
         free.add("precision")
-    changed = {name for name, value in asdict(recipe).items() if value != state["recipe"].get(name)} - free
+    changed = {
+        name
+        for name, value in asdict(recipe).items()
+        if value != state["recipe"].get(name)
+    } - free
     if changed:
         raise ValueError(
             f"{path} was made with another {', '.join(sorted(changed))}: use the same recipe or another folder"
         )
-    here, there = ({n: x.shape for n, x in weights.items()} for weights in (average.weights, state["average"]))
+    here, there = (
+        {n: x.shape for n, x in weights.items()}
+        for weights in (average.weights, state["average"])
+    )
     if here != there and (state["optimizer"] or not there.items() <= here.items()):
-        raise ValueError(f"{path} was made by another network: use the same sizes or another folder")
+        raise ValueError(
+            f"{path} was made by another network: use the same sizes or another folder"
+        )
     task.load_state_dict(state["weights"], strict=False)
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])

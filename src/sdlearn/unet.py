@@ -34,7 +34,12 @@ __all__ = [
 class UNetConfig:
     """The sizes of a U-Net; the defaults are Stable Diffusion 1.5's."""
 
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one entry a level; the map is halved between levels
+    channels: tuple[int, ...] = (
+        320,
+        640,
+        1280,
+        1280,
+    )  # one entry a level; the map is halved between levels
     attention: tuple[bool, ...] = (True, True, True, False)  # levels with transformers
     heads: tuple[int, ...] = (8, 8, 8, 8)
     blocks: int = 2  # ResBlocks a level on the way down; one more on the way up
@@ -46,10 +51,14 @@ class UNetConfig:
     def __post_init__(self):
         lengths = len(self.channels), len(self.attention), len(self.heads)
         if len(set(lengths)) > 1:
-            raise ValueError(f"channels, attention, heads have {lengths} entries: give each of them one entry a level")
+            raise ValueError(
+                f"channels, attention, heads have {lengths} entries: give each of them one entry a level"
+            )
         for width in self.channels:
             if width % self.groups:
-                raise ValueError(f"{width} channels do not split into {self.groups} groups: choose a multiple of them")
+                raise ValueError(
+                    f"{width} channels do not split into {self.groups} groups: choose a multiple of them"
+                )
 
     @property
     def time_width(self) -> int:
@@ -94,7 +103,9 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_width)])
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(channels, heads, context_width)]
+        )
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -110,10 +121,14 @@ class Stage(nn.Module):
     def __init__(self, channels: int, level: int, config: UNetConfig):
         super().__init__()
         width = config.channels[level]
-        self.resnet = ResBlock(channels, width, config.groups, eps=1e-5, time_width=config.time_width)
+        self.resnet = ResBlock(
+            channels, width, config.groups, eps=1e-5, time_width=config.time_width
+        )
         self.attention = None
         if config.attention[level]:
-            self.attention = SpatialTransformer(width, config.heads[level], config.context_width, config.groups)
+            self.attention = SpatialTransformer(
+                width, config.heads[level], config.context_width, config.groups
+            )
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         x = self.resnet(x, time)
@@ -126,8 +141,12 @@ class Middle(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         width, groups = config.channels[-1], config.groups
-        self.resnets = nn.ModuleList(ResBlock(width, width, groups, 1e-5, config.time_width) for _ in range(2))
-        self.attention = SpatialTransformer(width, config.heads[-1], config.context_width, groups)
+        self.resnets = nn.ModuleList(
+            ResBlock(width, width, groups, 1e-5, config.time_width) for _ in range(2)
+        )
+        self.attention = SpatialTransformer(
+            width, config.heads[-1], config.context_width, groups
+        )
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         return self.resnets[1](self.attention(self.resnets[0](x, time), context), time)
@@ -169,7 +188,9 @@ class UNet(nn.Module):
     def forward(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """latents (B, 4, h, w), t (B,) or one number, context (B, S, D) -> (B, 4, h, w)."""
         self.check(latents, context)
-        time = self.time_embedding(torch.as_tensor(t, device=latents.device).expand(len(latents)))  # (B, E)
+        time = self.time_embedding(
+            torch.as_tensor(t, device=latents.device).expand(len(latents))
+        )  # (B, E)
         x = self.conv_in(latents)
         skips = [x]
         for part in self.down:
@@ -180,17 +201,23 @@ class UNet(nn.Module):
             if isinstance(part, Stage):
                 x = part(torch.cat([x, skips.pop()], dim=1), time, context)
             else:
-                x = part(x, skips[-1].shape[-2:])  # an odd side was halved upwards, so ask for the skip's size
+                x = part(
+                    x, skips[-1].shape[-2:]
+                )  # an odd side was halved upwards, so ask for the skip's size
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def check(self, latents: Tensor, context: Tensor) -> None:
         """Say what is wrong with the inputs, if anything, before a layer deep inside does."""
         if latents.shape[1] != self.config.in_channels:
             have, want = latents.shape[1], self.config.in_channels
-            raise ValueError(f"latents have {have} channels, but this U-Net takes {want}: use its own VAE")
+            raise ValueError(
+                f"latents have {have} channels, but this U-Net takes {want}: use its own VAE"
+            )
         if context.shape[-1] != self.config.context_width:
             have, want = context.shape[-1], self.config.context_width
-            raise ValueError(f"context is {have} wide, but this U-Net reads {want}: use its own text encoder")
+            raise ValueError(
+                f"context is {have} wide, but this U-Net reads {want}: use its own text encoder"
+            )
 
 
 @contextmanager
@@ -204,14 +231,23 @@ def record_attention(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
     calls: Counter[str] = Counter()
 
     @torch.no_grad()
-    def note(layer: str, attention: Attention, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
+    def note(
+        layer: str, attention: Attention, inputs: tuple[Tensor, Tensor], _: Tensor
+    ) -> None:
         x, context = inputs
-        q, k = attention.split_heads(attention.to_q(x)), attention.split_heads(attention.to_k(context))
-        p = (q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, N, T, S)
+        q, k = (
+            attention.split_heads(attention.to_q(x)),
+            attention.split_heads(attention.to_k(context)),
+        )
+        p = (q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(
+            dim=-1
+        )  # (B, N, T, S)
         calls[layer] += 1
         maps[layer] = p if calls[layer] == 1 else maps[layer].lerp(p, 1 / calls[layer])
 
-    layers = [(name, part) for name, part in unet.named_modules() if name.endswith("attn2")]
+    layers = [
+        (name, part) for name, part in unet.named_modules() if name.endswith("attn2")
+    ]
     hooks = [part.register_forward_hook(partial(note, name)) for name, part in layers]
     try:
         yield maps
@@ -227,13 +263,23 @@ def attention_maps(maps: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
     shape. At every place the tokens share 1 between them. Give a part of the record to see some layers alone.
     """
     if not maps:
-        raise ValueError("nothing was recorded: call the U-Net inside `with record_attention(unet) as maps`")
+        raise ValueError(
+            "nothing was recorded: call the U-Net inside `with record_attention(unet) as maps`"
+        )
     height, width = size
     resized = []
     for layer, p in maps.items():
         rows = round(math.sqrt(p.shape[2] * height / width))
-        if rows == 0 or p.shape[2] % rows or abs(p.shape[2] / rows - rows * width / height) > 0.5:
-            raise ValueError(f"{layer} has {p.shape[2]} places, not a {height}:{width} map: give the latents' size")
-        places = p.mean(dim=1).transpose(1, 2).unflatten(2, (rows, -1))  # (B, S, rows, columns)
+        if (
+            rows == 0
+            or p.shape[2] % rows
+            or abs(p.shape[2] / rows - rows * width / height) > 0.5
+        ):
+            raise ValueError(
+                f"{layer} has {p.shape[2]} places, not a {height}:{width} map: give the latents' size"
+            )
+        places = (
+            p.mean(dim=1).transpose(1, 2).unflatten(2, (rows, -1))
+        )  # (B, S, rows, columns)
         resized.append(F.interpolate(places, (height, width), mode="bilinear"))
     return torch.stack(resized).mean(dim=0)

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from sdlearn.blocks import AttentionBlock, Downsample, ResBlock, Upsample
 
-__all__ = ["DiagonalGaussian", "VAEConfig", "Level", "Middle", "Encoder", "Decoder", "VAE"]
+__all__ = [
+    "DiagonalGaussian",
+    "VAEConfig",
+    "Level",
+    "Middle",
+    "Encoder",
+    "Decoder",
+    "VAE",
+]
 
 
 class DiagonalGaussian:
@@ -30,14 +38,21 @@ class DiagonalGaussian:
 
     def kl(self) -> Tensor:
         """Kullback-Leibler divergence from the standard normal distribution, in nats for each picture: (B,)."""
-        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(
+            dim=(1, 2, 3)
+        )
 
 
 @dataclass(frozen=True)
 class VAEConfig:
     """The sizes of a VAE; the defaults are Stable Diffusion 1.5's."""
 
-    channels: tuple[int, ...] = (128, 256, 512, 512)  # one entry a level; the picture is halved between levels
+    channels: tuple[int, ...] = (
+        128,
+        256,
+        512,
+        512,
+    )  # one entry a level; the picture is halved between levels
     blocks: int = 2  # ResBlocks a level in the encoder; the decoder has one more
     latent_channels: int = 4
     groups: int = 32
@@ -47,10 +62,19 @@ class VAEConfig:
 class Level(nn.Module):
     """The ResBlocks of one resolution, then a change of resolution (or none)."""
 
-    def __init__(self, channels: int, out_channels: int, blocks: int, groups: int, resample: nn.Module):
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        blocks: int,
+        groups: int,
+        resample: nn.Module,
+    ):
         super().__init__()
         widths = [channels] + [out_channels] * blocks
-        self.resnets = nn.ModuleList(ResBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.resnets = nn.ModuleList(
+            ResBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False)
+        )
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +88,9 @@ class Middle(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(channels, channels, groups) for _ in range(2))
+        self.resnets = nn.ModuleList(
+            ResBlock(channels, channels, groups) for _ in range(2)
+        )
         self.attention = AttentionBlock(channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,10 +108,14 @@ class Encoder(nn.Module):
         for i, width in enumerate(channels):
             last = i == len(channels) - 1
             resample = nn.Identity() if last else Downsample(width, asymmetric=True)
-            self.levels.append(Level(channels[max(i - 1, 0)], width, config.blocks, groups, resample))
+            self.levels.append(
+                Level(channels[max(i - 1, 0)], width, config.blocks, groups, resample)
+            )
         self.middle = Middle(channels[-1], groups)
         self.norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(
+            channels[-1], 2 * config.latent_channels, 3, padding=1
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.conv_in(image)
@@ -105,7 +135,11 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList()
         for i, width in enumerate(channels):
             resample = nn.Identity() if i == len(channels) - 1 else Upsample(width)
-            self.levels.append(Level(channels[max(i - 1, 0)], width, config.blocks + 1, groups, resample))
+            self.levels.append(
+                Level(
+                    channels[max(i - 1, 0)], width, config.blocks + 1, groups, resample
+                )
+            )
         self.norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
@@ -129,16 +163,22 @@ class VAE(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(moments, moments, 1)
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(
+            config.latent_channels, config.latent_channels, 1
+        )
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
         """The distribution of the unscaled latents; `latents = scale * encode(image).sample()`."""
         factor = 2 ** (len(self.config.channels) - 1)
         channels, height, width = image.shape[-3:]
         if channels != 3:
-            raise ValueError(f"image has {channels} channels, but red, green and blue are wanted: convert it to RGB")
+            raise ValueError(
+                f"image has {channels} channels, but red, green and blue are wanted: convert it to RGB"
+            )
         if height % factor or width % factor:
-            raise ValueError(f"image is {width}x{height}: both must be multiples of {factor}, so crop or resize it")
+            raise ValueError(
+                f"image is {width}x{height}: both must be multiples of {factor}, so crop or resize it"
+            )
         return DiagonalGaussian(self.quant_conv(self.encoder(image)))
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -135,7 +135,8 @@ import torch
 from test_training_faults import RECIPE
 from toy_task import Toy
 from dataclasses import replace
-from sdlearn import cli, tiny
+from sdlearn import cli
+from sdlearn.tiny import recipe as tiny
 tiny.MAKE["vae"] = lambda runs: Toy()
 tiny.STAGES["vae"] = replace(RECIPE, steps=10**6)
 tiny.fastest_precision = lambda task: "no"

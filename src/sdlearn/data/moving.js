@@ -1,4 +1,4 @@
-// Makes the figures of sdlearn.moving move: no library, nothing loaded. Without it they are still pictures.
+// Makes the figures of sdlearn.book.moving move: no library, nothing loaded. Without it they are still pictures.
 for (const figure of document.querySelectorAll("figure.moving:not([data-ready])")) {
   figure.dataset.ready = "yes";
   const data = JSON.parse(figure.dataset.moving);

@@ -20,8 +20,17 @@ from sdlearn.attention import Attention
 from sdlearn.clip import CLIP, CLIPTextEncoder, contrastive_loss
 from sdlearn.ddpm import sample
 from sdlearn.guidance import Guided
-from sdlearn.scenes import BACKGROUNDS, COLOURS, OBJECTS, SIZE, Scene, random_scene, random_thing, split_of
 from sdlearn.schedule import Schedule, add_noise, training_target
+from sdlearn.tiny.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    OBJECTS,
+    SIZE,
+    Scene,
+    random_scene,
+    random_thing,
+    split_of,
+)
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.training import Task, save_atomically
 from sdlearn.unet import UNet
@@ -58,7 +67,14 @@ def to_tensor(picture: np.ndarray) -> Tensor:
 
 def normal(rngs: Sequence[random.Random], *shape: int) -> Tensor:
     """Standard normal noise, one sample for each generator: (B, *shape)."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(r.getrandbits(63))) for r in rngs])
+    return torch.stack(
+        [
+            torch.randn(
+                shape, generator=torch.Generator().manual_seed(r.getrandbits(63))
+            )
+            for r in rngs
+        ]
+    )
 
 
 def loss_weights(schedule: Schedule, most: float = 10.0, floor: float = 0.05) -> Tensor:
@@ -83,7 +99,10 @@ class VAETask(Task):
     def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
         image = torch.stack([self.crop_of(random_scene(rng), rng) for rng in rngs])
         size = image.shape[-1] // 2 ** (len(self.vae.config.channels) - 1)
-        return {"image": image, "noise": normal(rngs, self.vae.config.latent_channels, size, size)}
+        return {
+            "image": image,
+            "noise": normal(rngs, self.vae.config.latent_channels, size, size),
+        }
 
     def crop_of(self, scene: Scene, rng: random.Random) -> Tensor:
         """The whole picture, or a square of it near one of its things."""
@@ -91,7 +110,10 @@ class VAETask(Task):
         if self.crop is None:
             return image
         thing, half, room = rng.choice(scene.things), self.crop // 2, SIZE - self.crop
-        left, top = (min(max(at - half + rng.randint(-28, 28), 0), room) for at in (thing.x, thing.y))
+        left, top = (
+            min(max(at - half + rng.randint(-28, 28), 0), room)
+            for at in (thing.x, thing.y)
+        )
         return image[:, top : top + self.crop, left : left + self.crop]
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -99,9 +121,15 @@ class VAETask(Task):
         latents = self.vae.encode(image)
         drawn = self.vae.config.scale * self.drawn(latents, batch["noise"])
         error = self.vae.decode(drawn).float() - image
-        kl = latents.kl().float().mean() / latents.mean[0].numel()  # nats for each latent number
+        kl = (
+            latents.kl().float().mean() / latents.mean[0].numel()
+        )  # nats for each latent number
         squared = error.square().mean()
-        losses = {"absolute": error.abs().mean(), "psnr": 10 * (4 / squared).log10(), "kl": kl}
+        losses = {
+            "absolute": error.abs().mean(),
+            "psnr": 10 * (4 / squared).log10(),
+            "kl": kl,
+        }
         return {"loss": self.difference(error) + self.kl * kl} | losses
 
     def drawn(self, latents: DiagonalGaussian, noise: Tensor) -> Tensor:
@@ -115,13 +143,20 @@ class VAETask(Task):
 
 def doodle(rng: random.Random) -> np.ndarray:
     """A picture of nothing: outlined shapes in the world's colours, (128, 128, 3) uint8."""
-    picture = Image.new("RGB", (4 * SIZE, 4 * SIZE), rng.choice([*BACKGROUNDS.values()]))
+    picture = Image.new(
+        "RGB", (4 * SIZE, 4 * SIZE), rng.choice([*BACKGROUNDS.values()])
+    )
     pen = ImageDraw.Draw(picture)
     for _ in range(rng.randint(1, 4)):
-        x, y, radius = (4 * rng.uniform(*between) for between in ((20, 108), (20, 108), (10, 50)))
+        x, y, radius = (
+            4 * rng.uniform(*between) for between in ((20, 108), (20, 108), (10, 50))
+        )
         angles = sorted(rng.uniform(0, 2 * math.pi) for _ in range(rng.randint(3, 10)))
         radii = [radius * rng.uniform(0.5, 1) for _ in angles]
-        corners = [(x + r * math.cos(a), y + r * math.sin(a)) for a, r in zip(angles, radii, strict=True)]
+        corners = [
+            (x + r * math.cos(a), y + r * math.sin(a))
+            for a, r in zip(angles, radii, strict=True)
+        ]
         light, dark = rng.choice([*COLOURS.values()])
         pen.polygon(corners, fill=light)
         pen.polygon([(x, y), *corners[: rng.randint(2, 3)]], fill=dark)
@@ -181,13 +216,17 @@ def family(rng: random.Random) -> list[Scene]:
     colours = [name for name in COLOURS if name != scene.things[thing].colour]
     scenes = [
         scene,
-        scene.mirrored() if len(scene.things) == 2 else replace(scene, background=rng.choice(another)),
+        scene.mirrored()
+        if len(scene.things) == 2
+        else replace(scene, background=rng.choice(another)),
         changed(name=other.name, colour=other.colour),
         changed(colour=rng.choice(colours))
         if scene.things[thing].colour
         else replace(scene, background=rng.choice(another)),
     ]
-    if len({x.name for x in scenes[2].things}) == len(scene.things) and {split_of(x) for x in scenes} == {"train"}:
+    if len({x.name for x in scenes[2].things}) == len(scene.things) and {
+        split_of(x) for x in scenes
+    } == {"train"}:
         return scenes
     return family(rng)
 
@@ -206,13 +245,18 @@ class CLIPTask(Task):
             for scene in family(rng):
                 scenes.append(scene)
                 captions.append(
-                    (scene.turned() if rng.random() < 0.5 else scene).sentence() if exact else scene.caption(rng)
+                    (scene.turned() if rng.random() < 0.5 else scene).sentence()
+                    if exact
+                    else scene.caption(rng)
                 )
         tokens = self.tokenizer(captions)
         longest = (
             int((tokens == self.tokenizer.eos).int().argmax(dim=1).max()) + 1
         )  # what follows cannot change the end token
-        return {"tokens": tokens[:, :longest], "image": torch.stack([to_tensor(scene.render()) for scene in scenes])}
+        return {
+            "tokens": tokens[:, :longest],
+            "image": torch.stack([to_tensor(scene.render()) for scene in scenes]),
+        }
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         logits = self.clip(batch["tokens"], batch["image"]).float()
@@ -233,7 +277,11 @@ def layout(scene: Scene) -> Tensor:
     centres = (torch.arange(GRID) + 0.5) * SIZE / GRID
     for thing in scene.things:
         left, top, right, bottom = thing.box
-        here = ((top <= centres) & (centres < bottom))[:, None] & (left <= centres) & (centres < right)
+        here = (
+            ((top <= centres) & (centres < bottom))[:, None]
+            & (left <= centres)
+            & (centres < right)
+        )
         labels[0, here] = 1 + OBJECTS.index(thing.name)
         labels[1, here] = 1 + [*COLOURS].index(thing.colour) if thing.colour else 0
     return labels.flatten(1)
@@ -246,7 +294,10 @@ class Places(nn.Module):
         super().__init__()
         self.places = nn.Parameter(torch.randn(GRID * GRID, width))
         self.attention, self.norm = Attention(width, heads, width), nn.LayerNorm(width)
-        self.objects, self.colours = nn.Linear(width, 1 + len(OBJECTS)), nn.Linear(width, 1 + len(COLOURS))
+        self.objects, self.colours = (
+            nn.Linear(width, 1 + len(OBJECTS)),
+            nn.Linear(width, 1 + len(COLOURS)),
+        )
         self.background = nn.Linear(width, len(BACKGROUNDS))
 
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,29 +317,46 @@ class PlacesTask(Task):
     def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
         scenes = [random_scene(rng) for rng in rngs]
         captions = [scene.caption(rng) for scene, rng in zip(scenes, rngs, strict=True)]
-        told = [len(s.things) == 2 and " and " not in caption for s, caption in zip(scenes, captions, strict=True)]
-        mirrored = [scene.mirrored() if pair else scene for scene, pair in zip(scenes, told, strict=True)]
+        told = [
+            len(s.things) == 2 and " and " not in caption
+            for s, caption in zip(scenes, captions, strict=True)
+        ]
+        mirrored = [
+            scene.mirrored() if pair else scene
+            for scene, pair in zip(scenes, told, strict=True)
+        ]
         return {
             "tokens": self.tokenizer(captions),
             "layout": torch.stack([layout(scene) for scene in scenes]),
             "mirrored": torch.stack([layout(scene) for scene in mirrored]),
-            "background": torch.tensor([[*BACKGROUNDS].index(scene.background) for scene in scenes]),
+            "background": torch.tensor(
+                [[*BACKGROUNDS].index(scene.background) for scene in scenes]
+            ),
             "told": torch.tensor(told),
         }
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        objects, colours, background = (x.float() for x in self.places(self.text_encoder(batch["tokens"])))
+        objects, colours, background = (
+            x.float() for x in self.places(self.text_encoder(batch["tokens"]))
+        )
 
         def surprise(layout: Tensor) -> tuple[Tensor, Tensor]:
             """The cross-entropy of objects and of colours in each scene, (B,)."""
             pairs = zip((objects, colours), layout.unbind(1), strict=True)
-            return tuple(F.cross_entropy(x.mT, labels, reduction="none").mean(1) for x, labels in pairs)
+            return tuple(
+                F.cross_entropy(x.mT, labels, reduction="none").mean(1)
+                for x, labels in pairs
+            )
 
         (object_loss, colour_loss), told = surprise(batch["layout"]), batch["told"]
         background_loss = F.cross_entropy(background, batch["background"])
         prefers = (object_loss < surprise(batch["mirrored"])[0])[told]
         loss = object_loss.mean() + colour_loss.mean() + 0.2 * background_loss
-        losses = {"objects": object_loss.mean(), "colours": colour_loss.mean(), "background": background_loss}
+        losses = {
+            "objects": object_loss.mean(),
+            "colours": colour_loss.mean(),
+            "background": background_loss,
+        }
         return {"loss": loss} | losses | {"sides": prefers.float().mean()}
 
 
@@ -302,8 +370,13 @@ def encode_scenes(vae: VAE, numbers: range, batch: int = 32) -> Tensor:
     """The latents of numbered scenes, before the scale: (N, 4, 16, 16) float16, the means."""
     device = next(vae.parameters()).device
     chunks = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
-    pictures = (torch.stack([to_tensor(numbered_scene(n).render()) for n in chunk]) for chunk in chunks)
-    return torch.cat([vae.encode(x.to(device)).mean.float().cpu() for x in pictures]).half()
+    pictures = (
+        torch.stack([to_tensor(numbered_scene(n).render()) for n in chunk])
+        for chunk in chunks
+    )
+    return torch.cat(
+        [vae.encode(x.to(device)).mean.float().cpu() for x in pictures]
+    ).half()
 
 
 def latent_bank(vae: VAE, count: int, path: Path, chunk: int = 2048) -> Tensor:
@@ -332,56 +405,86 @@ class DenoiseTask(Task):
     section 3.1). Offset noise hides it; SDXL was trained so too (Podell et al. 2024, section 2.5).
     """
 
-    def __init__(self, unet: UNet, text_encoder: CLIPTextEncoder, tokenizer: Tokenizer, latents: Tensor,
-                 schedule: Schedule, drop: float = 0.1, offset: float = 0.1, joint: bool = False,
-                 vae: VAE | None = None):  # fmt: skip
+    def __init__(
+        self,
+        unet: UNet,
+        text_encoder: CLIPTextEncoder,
+        tokenizer: Tokenizer,
+        latents: Tensor,
+        schedule: Schedule,
+        drop: float = 0.1,
+        offset: float = 0.1,
+        joint: bool = False,
+        vae: VAE | None = None,
+    ):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder.requires_grad_(joint)
         self.vae = vae.requires_grad_(False) if vae else None  # only for the preview
         self.tokenizer, self.latents, self.schedule = tokenizer, latents, schedule
         self.drop, self.offset = drop, offset
         weights = loss_weights(schedule)
-        self.often = (1 + weights) / 2  # how often a time is drawn, 1 on average: half of them where errors count
+        self.often = (
+            (1 + weights) / 2
+        )  # how often a time is drawn, 1 on average: half of them where errors count
         self.chances = list(accumulate(self.often.tolist()))
         self.register_buffer("weights", weights, persistent=False)
 
     def times(self, rngs: Sequence[random.Random]) -> Tensor:
         """A time for each example: (B,), t as often as `often[t]` says."""
-        return torch.tensor([bisect(self.chances, rng.random() * self.chances[-1]) for rng in rngs])
+        return torch.tensor(
+            [bisect(self.chances, rng.random() * self.chances[-1]) for rng in rngs]
+        )
 
     def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
         numbers = [rng.randrange(len(self.latents)) for rng in rngs]
         told = [
-            (rng.random() < self.drop, numbered_scene(n).caption(rng)) for n, rng in zip(numbers, rngs, strict=True)
+            (rng.random() < self.drop, numbered_scene(n).caption(rng))
+            for n, rng in zip(numbers, rngs, strict=True)
         ]
         channels, *size = self.latents.shape[1:]
         return {
             "latents": self.latents[numbers].float(),
-            "tokens": self.tokenizer(["" if dropped else caption for dropped, caption in told]),
+            "tokens": self.tokenizer(
+                ["" if dropped else caption for dropped, caption in told]
+            ),
             "t": self.times(rngs),
-            "noise": normal(rngs, channels, *size) + self.offset * normal(rngs, channels, 1, 1),
+            "noise": normal(rngs, channels, *size)
+            + self.offset * normal(rngs, channels, 1, 1),
             "number": torch.tensor(numbers),
         }
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         x0, noise, t = batch["latents"], batch["noise"], batch["t"]
-        xt = add_noise(self.schedule, x0, noise, t).contiguous(memory_format=torch.channels_last)
+        xt = add_noise(self.schedule, x0, noise, t).contiguous(
+            memory_format=torch.channels_last
+        )
         answer = self.unet(xt, t, self.text_encoder(batch["tokens"])).float()
         return self.losses(answer, training_target(self.schedule, x0, noise, t), t)
 
     def losses(self, answer: Tensor, target: Tensor, t: Tensor) -> dict[str, Tensor]:
         error = (answer - target).square().mean(dim=(1, 2, 3))
-        error = error / self.often.to(t.device)[t]  # drawn twice as often, it counts half each time
+        error = (
+            error / self.often.to(t.device)[t]
+        )  # drawn twice as often, it counts half each time
         return {"loss": (self.weights[t] * error).mean(), "plain": error.mean()}
 
     @torch.inference_mode()
-    def preview(self, prompts: Sequence[str] = PREVIEW, steps: int = 25, scale: float = 5.0) -> Tensor:
+    def preview(
+        self, prompts: Sequence[str] = PREVIEW, steps: int = 25, scale: float = 5.0
+    ) -> Tensor:
         """A picture for each prompt, from the same noise every time: (B, 3, 128, 128)."""
         device = self.weights.device
-        context, empty = (self.text_encoder(self.tokenizer(text).to(device)) for text in (list(prompts), ""))
-        noise = normal([random.Random(i) for i in range(len(prompts))], *self.latents.shape[1:]).to(device)
+        context, empty = (
+            self.text_encoder(self.tokenizer(text).to(device))
+            for text in (list(prompts), "")
+        )
+        noise = normal(
+            [random.Random(i) for i in range(len(prompts))], *self.latents.shape[1:]
+        ).to(device)
         denoise = Guided(self.unet, context, empty, scale)
-        *_, last = sample(denoise, noise, self.schedule, self.schedule.timesteps(steps), "ddim")
+        *_, last = sample(
+            denoise, noise, self.schedule, self.schedule.timesteps(steps), "ddim"
+        )
         return self.vae.decode(last.latents)
 
 
@@ -401,17 +504,31 @@ class HintedTask(DenoiseTask):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         seen = []
-        hook = self.unet.middle.register_forward_hook(lambda *call: seen.append(call[-1]))
+        hook = self.unet.middle.register_forward_hook(
+            lambda *call: seen.append(call[-1])
+        )
         losses = super().forward(batch)
         hook.remove()
-        said = self.says(F.adaptive_avg_pool2d(seen[0], GRID)).flatten(2).float()  # (B, classes, 16)
+        said = (
+            self.says(F.adaptive_avg_pool2d(seen[0], GRID)).flatten(2).float()
+        )  # (B, classes, 16)
         objects, colours = said.tensor_split([1 + len(OBJECTS)], dim=1)
-        truth = torch.stack([layout(numbered_scene(n)) for n in batch["number"].tolist()]).to(said.device)
+        truth = torch.stack(
+            [layout(numbered_scene(n)) for n in batch["number"].tolist()]
+        ).to(said.device)
         answers = zip((objects, colours), truth.unbind(1), strict=True)
-        surprise = sum(F.cross_entropy(said, labels, reduction="none") for said, labels in answers).mean(dim=1)  # (B,)
+        surprise = sum(
+            F.cross_entropy(said, labels, reduction="none") for said, labels in answers
+        ).mean(dim=1)  # (B,)
         t = batch["t"]
-        hint = (self.weights[t] / self.often.to(t.device)[t] * surprise).mean()  # words are needed at strong noise
-        return losses | {"loss": losses["loss"] + self.hint * hint, "weighted": losses["loss"], "hint": hint}
+        hint = (
+            self.weights[t] / self.often.to(t.device)[t] * surprise
+        ).mean()  # words are needed at strong noise
+        return losses | {
+            "loss": losses["loss"] + self.hint * hint,
+            "weighted": losses["loss"],
+            "hint": hint,
+        }
 
 
 class GuidedTask(HintedTask):
@@ -421,20 +538,35 @@ class GuidedTask(HintedTask):
     `scale` multiplies whatever else they differ in. Above, it is free to exaggerate. guided: how much its error counts.
     """
 
-    def __init__(self, *others: object, scale: float = 7.5, below: int = 500, guided: float = 0.1, **more: object):
+    def __init__(
+        self,
+        *others: object,
+        scale: float = 7.5,
+        below: int = 500,
+        guided: float = 0.1,
+        **more: object,
+    ):
         super().__init__(*others, **{"drop": 0.0, "hint": 0.05} | more)
         self.scale, self.below, self.guided = scale, below, guided
 
     def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
         told = super().examples(rngs[::2])
         pairs = {name: torch.cat([x, x]) for name, x in told.items()}
-        return pairs | {"tokens": torch.cat([told["tokens"], self.tokenizer([""] * len(told["t"]))])}
+        return pairs | {
+            "tokens": torch.cat([told["tokens"], self.tokenizer([""] * len(told["t"]))])
+        }
 
     def losses(self, answer: Tensor, target: Tensor, t: Tensor) -> dict[str, Tensor]:
         losses, (told, untold) = super().losses(answer, target, t), answer.chunk(2)
         target, t = target[: len(told)], t[: len(told)]
         weak = (t < self.below)[:, None, None, None]
         answers = {"told": told, "guided": untold + self.scale * (told - untold)}
-        weakly = {name: super(GuidedTask, self).losses(torch.where(weak, y, target), target, t)["loss"]
-                  for name, y in answers.items()}  # fmt: skip
-        return losses | weakly | {"loss": losses["loss"] + self.guided * weakly["guided"]}
+        weakly = {
+            name: super(GuidedTask, self).losses(
+                torch.where(weak, y, target), target, t
+            )["loss"]
+            for name, y in answers.items()
+        }
+        return (
+            losses | weakly | {"loss": losses["loss"] + self.guided * weakly["guided"]}
+        )

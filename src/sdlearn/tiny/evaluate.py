@@ -13,24 +13,35 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from sdlearn.judge import Judge, load_judge, look, verdict
 from sdlearn.pipeline import StableDiffusion
-from sdlearn.scenes import BACKGROUNDS, COLOURS, OBJECTS, RECOLOURED, Scene, random_scene
 from sdlearn.schedule import add_noise
-from sdlearn.tasks import to_tensor
+from sdlearn.tiny.judge import Judge, load_judge, look, verdict
+from sdlearn.tiny.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    OBJECTS,
+    RECOLOURED,
+    Scene,
+    random_scene,
+)
+from sdlearn.tiny.tasks import to_tensor
 from sdlearn.unet import attention_maps, record_attention
 from sdlearn.weights import load_clip
 
 ROWS = {  # name of a row: the split of its scenes, and how many things they have
-    "seen, one thing": ("train", 1), "seen, two things": ("train", 2),
-    "held-out colour, one thing": ("colour", 1), "held-out colour, two things": ("colour", 2),
+    "seen, one thing": ("train", 1),
+    "seen, two things": ("train", 2),
+    "held-out colour, one thing": ("colour", 1),
+    "held-out colour, two things": ("colour", 2),
     "held-out pair": ("pair", 2),
-}  # fmt: skip
+}
 PARTS = ("objects", "colours", "background", "relation", "all")
 CEILINGS = ("true pictures", "through the VAE")
 
 
-def fresh_scenes(count: int, seed: int, split: str = "train", things: int | None = None) -> list[Scene]:
+def fresh_scenes(
+    count: int, seed: int, split: str = "train", things: int | None = None
+) -> list[Scene]:
     """Scenes drawn with a seed that training never uses."""
     rng = random.Random(f"evaluate {seed} {split} {things}")
     return [random_scene(rng, split, things) for _ in range(count)]
@@ -42,11 +53,18 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def remade(model: StableDiffusion, scenes: Sequence[Scene], batch: int = 20) -> tuple[Tensor, Tensor]:
+def remade(
+    model: StableDiffusion, scenes: Sequence[Scene], batch: int = 20
+) -> tuple[Tensor, Tensor]:
     """Pictures of scenes, and what the VAE makes of them, in 8 bits as it would be saved: each (B, 3, H, W)."""
     images = torch.stack([to_tensor(scene.render()) for scene in scenes])
-    latents = (model.vae.encode(x.to(model.device, model.dtype)).mean for x in images.split(batch))
-    back = torch.cat([model.vae.decode(model.vae.config.scale * x).float().cpu() for x in latents])
+    latents = (
+        model.vae.encode(x.to(model.device, model.dtype)).mean
+        for x in images.split(batch)
+    )
+    back = torch.cat(
+        [model.vae.decode(model.vae.config.scale * x).float().cpu() for x in latents]
+    )
     return images, (back.clamp(-1, 1) * 127.5).round() / 127.5
 
 
@@ -60,11 +78,15 @@ def clip_retrieval(folder: Path, count: int = 200, seed: int = 0) -> dict[str, f
     """Among `count` fresh scenes: how often the right sentence, and the right picture, comes first."""
     tokenizer, clip = load_clip(folder)
     scenes = fresh_scenes(count, seed)
-    images = clip.embed_image(torch.stack([to_tensor(scene.render()) for scene in scenes]))
+    images = clip.embed_image(
+        torch.stack([to_tensor(scene.render()) for scene in scenes])
+    )
     texts = clip.embed_text(tokenizer([scene.sentence() for scene in scenes]))
     found = torch.arange(count)
     pairs = [i for i, scene in enumerate(scenes) if len(scene.things) == 2]
-    swapped = clip.embed_text(tokenizer([scenes[i].mirrored().sentence() for i in pairs]))
+    swapped = clip.embed_text(
+        tokenizer([scenes[i].mirrored().sentence() for i in pairs])
+    )
     right = (images[pairs] * texts[pairs]).sum(1) > (images[pairs] * swapped).sum(1)
     scores = images @ texts.T
     return {
@@ -88,12 +110,20 @@ def draw(
     pictures = []
     for start in range(0, len(scenes), batch):
         prompts = [scene.sentence() for scene in scenes[start : start + batch]]
-        pictures += model.txt2img(prompts, steps=steps, sampler=sampler, cfg_scale=cfg_scale, seed=seed + start)
+        pictures += model.txt2img(
+            prompts,
+            steps=steps,
+            sampler=sampler,
+            cfg_scale=cfg_scale,
+            seed=seed + start,
+        )
         advance(len(prompts))
     return pictures
 
 
-def share(verdicts: Sequence[dict[str, bool]], part: str, given: str | None = None) -> float:
+def share(
+    verdicts: Sequence[dict[str, bool]], part: str, given: str | None = None
+) -> float:
     """How often a part is right, among the pictures in which `given` is."""
     chosen = [v[part] for v in verdicts if given is None or v[given]]
     return float(np.mean(chosen)) if chosen else float("nan")
@@ -115,12 +145,21 @@ def prompt_following(
     drawn can score higher, except by luck.
     """
     table = {}
-    with tqdm(total=count, desc="drawing", unit="picture", dynamic_ncols=True, leave=False) as bar:
+    with tqdm(
+        total=count, desc="drawing", unit="picture", dynamic_ncols=True, leave=False
+    ) as bar:
         for row, (split, things) in ROWS.items():
             scenes = fresh_scenes(count // len(ROWS), seed, split, things)
-            drawn = draw(model, scenes, steps, sampler, cfg_scale, seed, advance=bar.update)
-            verdicts = judged(judge, scenes, [to_tensor(np.array(picture)) for picture in drawn])
-            table[row] = {part: share(verdicts, part, "objects" if part == "relation" else None) for part in PARTS}
+            drawn = draw(
+                model, scenes, steps, sampler, cfg_scale, seed, advance=bar.update
+            )
+            verdicts = judged(
+                judge, scenes, [to_tensor(np.array(picture)) for picture in drawn]
+            )
+            table[row] = {
+                part: share(verdicts, part, "objects" if part == "relation" else None)
+                for part in PARTS
+            }
             if things == 1:
                 table[row]["relation"] = float("nan")
             for name, pictures in zip(CEILINGS, remade(model, scenes), strict=True):
@@ -128,14 +167,20 @@ def prompt_following(
     return table
 
 
-def judged(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Tensor]) -> list[dict[str, bool]]:
+def judged(
+    judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Tensor]
+) -> list[dict[str, bool]]:
     """The judge's verdict on each picture (3, H, W) in [-1, 1]."""
     findings = look(judge, torch.stack([*pictures]))
-    return [verdict(finding, scene) for finding, scene in zip(findings, scenes, strict=True)]
+    return [
+        verdict(finding, scene) for finding, scene in zip(findings, scenes, strict=True)
+    ]
 
 
 @torch.inference_mode()
-def attention_overlap(model: StableDiffusion, count: int = 60, t: int = 500, seed: int = 0) -> dict[str, float]:
+def attention_overlap(
+    model: StableDiffusion, count: int = 60, t: int = 500, seed: int = 0
+) -> dict[str, float]:
     """Where the U-Net looks for each object word, on noisy latents of real scenes, whose boxes we know.
 
     "inside": the share of a word's attention that falls into its object's box; "area": the box's share of the
@@ -145,13 +190,22 @@ def attention_overlap(model: StableDiffusion, count: int = 60, t: int = 500, see
     inside, area, points = [], [], []
     generator = torch.Generator().manual_seed(seed)
     for scene in fresh_scenes(count, seed):
-        x0 = model.vae.config.scale * model.vae.encode(to_tensor(scene.render())[None].to(model.device)).mean
+        x0 = (
+            model.vae.config.scale
+            * model.vae.encode(to_tensor(scene.render())[None].to(model.device)).mean
+        )
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         words = model.tokenizer.split(scene.sentence())
         context = model.text_encoder(model.tokenizer(scene.sentence()).to(model.device))
         with record_attention(model.unet) as record:
-            model.unet(add_noise(model.schedule, x0, noise, t), torch.tensor([t], device=x0.device), context)
-        maps = attention_maps(record, tuple(x0.shape[-2:]))[0].float().cpu()  # (S, h, w)
+            model.unet(
+                add_noise(model.schedule, x0, noise, t),
+                torch.tensor([t], device=x0.device),
+                context,
+            )
+        maps = (
+            attention_maps(record, tuple(x0.shape[-2:]))[0].float().cpu()
+        )  # (S, h, w)
         for thing in scene.things:
             place = words.index(thing.name + "</w>") + 1  # after the start token
             left, top, right, bottom = (round(edge / 8) for edge in thing.box)
@@ -160,14 +214,23 @@ def attention_overlap(model: StableDiffusion, count: int = 60, t: int = 500, see
             inside.append((maps[place] * mask).sum() / maps[place].sum())
             area.append(mask.mean())
             points.append(mask.flatten()[maps[place].argmax()])
-    return {name: torch.stack(x).mean().item() for name, x in (("inside", inside), ("area", area), ("points", points))}
+    return {
+        name: torch.stack(x).mean().item()
+        for name, x in (("inside", inside), ("area", area), ("points", points))
+    }
 
 
 def changed(scene: Scene, rng: random.Random) -> dict[str, str]:
     """Sentences that are wrong in one thing each, for a scene of two things; "colours" where one has a colour."""
     first, second = scene.things
     names = {thing.name for thing in scene.things}
-    other = rng.choice([name for name in OBJECTS if name not in names and (name in RECOLOURED) == bool(first.colour)])
+    other = rng.choice(
+        [
+            name
+            for name in OBJECTS
+            if name not in names and (name in RECOLOURED) == bool(first.colour)
+        ]
+    )
     ground = rng.choice([name for name in BACKGROUNDS if name != scene.background])
     wrong = {
         "background": replace(scene, background=ground),
@@ -176,39 +239,63 @@ def changed(scene: Scene, rng: random.Random) -> dict[str, str]:
     }
     if first.colour:
         colour = rng.choice([name for name in COLOURS if name != first.colour])
-        wrong["colours"] = replace(scene, things=(replace(first, colour=colour), second))
+        wrong["colours"] = replace(
+            scene, things=(replace(first, colour=colour), second)
+        )
     return {part: found.sentence() for part, found in wrong.items()}
 
 
 @torch.inference_mode()
-def words_heard(model: StableDiffusion, count: int = 64, t: int = 800, seed: int = 0) -> dict[str, float]:
+def words_heard(
+    model: StableDiffusion, count: int = 64, t: int = 800, seed: int = 0
+) -> dict[str, float]:
     """How often the true sentence explains noisy latents better than one with a wrong background, object ...; .5: deaf.
 
     No picture is drawn: the error of eps tells. Li et al. 2023 (arXiv:2303.16203) classify pictures in this way.
     """
     scenes, rng = fresh_scenes(count, seed, things=2), random.Random(seed)
-    x0 = model.vae.config.scale * model.vae.encode(
-        torch.stack([to_tensor(scene.render()) for scene in scenes]).to(model.device, model.dtype)
-    ).mean.float()
+    x0 = (
+        model.vae.config.scale
+        * model.vae.encode(
+            torch.stack([to_tensor(scene.render()) for scene in scenes]).to(
+                model.device, model.dtype
+            )
+        ).mean.float()
+    )
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
-    xt, times = add_noise(model.schedule, x0, noise, t), torch.full((count,), t, device=x0.device)
+    xt, times = (
+        add_noise(model.schedule, x0, noise, t),
+        torch.full((count,), t, device=x0.device),
+    )
 
     def error(sentences: Sequence[str]) -> Tensor:
         answer = model.denoise(xt, times, model.encode_prompts(sentences))
         return (answer - noise).square().mean(dim=(1, 2, 3))
 
-    true, wrong = error([scene.sentence() for scene in scenes]), [changed(scene, rng) for scene in scenes]
+    true, wrong = (
+        error([scene.sentence() for scene in scenes]),
+        [changed(scene, rng) for scene in scenes],
+    )
     heard = {}
     for part in PARTS[:4]:
-        told = torch.tensor([part in sentences for sentences in wrong], device=x0.device)
+        told = torch.tensor(
+            [part in sentences for sentences in wrong], device=x0.device
+        )
         other = error([sentences.get(part, "") for sentences in wrong])
         heard[part] = (true < other)[told].float().mean().item()
     return heard
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, default=Path("checkpoints/tiny"), help="a checkpoint folder with a judge")
-    parser.add_argument("--prompts", type=int, default=400, help="how many pictures to draw and judge")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Path("checkpoints/tiny"),
+        help="a checkpoint folder with a judge",
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=400, help="how many pictures to draw and judge"
+    )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--sampler", default="ddpm")
     parser.add_argument("--cfg-scale", type=float, default=7.5)
@@ -219,9 +306,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """`sdlearn evaluate`: every figure, printed as tables."""
     if args.prompts < len(ROWS):
-        raise ValueError(f"--prompts {args.prompts} is too few: give at least {len(ROWS)}, one for each kind of scene")
+        raise ValueError(
+            f"--prompts {args.prompts} is too few: give at least {len(ROWS)}, one for each kind of scene"
+        )
     model, judge = StableDiffusion.load(args.model), load_judge(args.model)
-    following = prompt_following(model, judge, args.prompts, args.steps, args.sampler, args.cfg_scale, args.seed)
+    following = prompt_following(
+        model, judge, args.prompts, args.steps, args.sampler, args.cfg_scale, args.seed
+    )
     figures = {
         "VAE PSNR, dB": vae_psnr(model),
         "CLIP retrieval": clip_retrieval(args.model),
@@ -238,10 +329,19 @@ def table_of(figures: dict) -> str:
     """The figures as text."""
     lines = [f"VAE PSNR on fresh scenes: {figures['VAE PSNR, dB']:.1f} dB"]
     for name in ("CLIP retrieval", "attention overlap", "words heard"):
-        lines.append(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in figures[name].items()))
+        lines.append(
+            f"{name}: "
+            + ", ".join(f"{key} {value:.2f}" for key, value in figures[name].items())
+        )
     columns = {column: max(11, 2 + len(column)) for column in (*PARTS, *CEILINGS)}
-    lines.append(f"{'prompt following':28}" + "".join(f"{column:>{width}}" for column, width in columns.items()))
+    lines.append(
+        f"{'prompt following':28}"
+        + "".join(f"{column:>{width}}" for column, width in columns.items())
+    )
     for row, values in figures["prompt following"].items():
-        cells = [("-" if np.isnan(values[c]) else f"{values[c]:.2f}").rjust(width) for c, width in columns.items()]
+        cells = [
+            ("-" if np.isnan(values[c]) else f"{values[c]:.2f}").rjust(width)
+            for c, width in columns.items()
+        ]
         lines.append(f"{row:28}" + "".join(cells))
     return "\n".join(lines)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig
-from sdlearn.judge import Judge, JudgeTask, load_judge
 from sdlearn.pictures import to_image
 from sdlearn.saving import save_pipeline
-from sdlearn.scenes import SIZE
 from sdlearn.schedule import Schedule
 from sdlearn.speed import compiled
-from sdlearn.tasks import (
+from sdlearn.tiny.judge import Judge, JudgeTask, load_judge
+from sdlearn.tiny.scenes import SIZE
+from sdlearn.tiny.tasks import (
     CLIPTask,
     DecoderTask,
     DenoiseTask,
@@ -34,7 +34,15 @@ from sdlearn.tasks import (
     scene_tokenizer,
 )
 from sdlearn.tokenizer import Tokenizer
-from sdlearn.training import Recipe, Task, averaged_weights, fastest_precision, progress, save_atomically, train
+from sdlearn.training import (
+    Recipe,
+    Task,
+    averaged_weights,
+    fastest_precision,
+    progress,
+    save_atomically,
+    train,
+)
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
 from sdlearn.weights import load_clip, load_text_encoder, load_unet, load_vae, save_clip
@@ -44,7 +52,13 @@ VAE_SIZES = VAEConfig(
     channels=(16, 48, 96, 192), blocks=1, groups=8, scale=1.0
 )  # the scale is measured when training ends
 IMAGE_SIZES = CLIPImageConfig(size=128, patch=16, width=128, layers=4, heads=4)
-UNET_SIZES = UNetConfig((96, 192, 224), attention=(False, True, True), heads=(3, 6, 7), blocks=1, context_width=192)
+UNET_SIZES = UNetConfig(
+    (96, 192, 224),
+    attention=(False, True, True),
+    heads=(3, 6, 7),
+    blocks=1,
+    context_width=192,
+)
 
 
 def text_sizes(tokenizer: Tokenizer) -> CLIPTextConfig:
@@ -52,11 +66,15 @@ def text_sizes(tokenizer: Tokenizer) -> CLIPTextConfig:
 
 
 STAGES = {  # in the order of training, as for Stable Diffusion itself
-    "clip": Recipe(steps=1_000, batch=128, lr=1e-3, ema=0.998, decay=0.05, cooldown=250),
+    "clip": Recipe(
+        steps=1_000, batch=128, lr=1e-3, ema=0.998, decay=0.05, cooldown=250
+    ),
     "vae": Recipe(steps=6_000, batch=8, lr=1e-3, ema=0.998, cooldown=1_000),
     "decoder": Recipe(steps=4_500, batch=8, lr=6e-4, ema=0.998, cooldown=3_500),
     "judge": Recipe(steps=6_000, batch=16, lr=1e-3, ema=0.998, cooldown=1_000),
-    "places": Recipe(steps=1_500, batch=64, lr=1e-3, ema=0.99, warmup=100, cooldown=400),
+    "places": Recipe(
+        steps=1_500, batch=64, lr=1e-3, ema=0.99, warmup=100, cooldown=400
+    ),
     "unet": Recipe(steps=20_000, batch=32, lr=8e-4, ema=0.999, cooldown=2_000),
     "guided": Recipe(steps=3_000, batch=32, lr=4e-4, ema=0.999, cooldown=2_800),
 }
@@ -113,14 +131,18 @@ def make_places(runs: Path) -> PlacesTask:
     return PlacesTask(task.clip.text_encoder, task.tokenizer)
 
 
-def make_unet(runs: Path, bank: int = BANK, kind: type[HintedTask] = HintedTask) -> HintedTask:
+def make_unet(
+    runs: Path, bank: int = BANK, kind: type[HintedTask] = HintedTask
+) -> HintedTask:
     """The U-Net, on a VAE and a text encoder that stay as they are: CLIP's, after it has learned what lies where."""
     vae, clip = best_vae(runs), make_clip(runs)
     if (runs / "places" / "state.pt").exists():
         trained(PlacesTask(clip.clip.text_encoder, clip.tokenizer), runs, "places")
     latents = latent_bank(vae, bank, runs / "latents.pt") * vae.config.scale
     unet = channels_last(UNet(UNET_SIZES))
-    return kind(unet, clip.clip.text_encoder, clip.tokenizer, latents, SCHEDULE, vae=vae)
+    return kind(
+        unet, clip.clip.text_encoder, clip.tokenizer, latents, SCHEDULE, vae=vae
+    )
 
 
 def make_guided(runs: Path) -> GuidedTask:
@@ -156,15 +178,31 @@ MAKE: dict[str, Callable[[Path], Task]] = {
 def export(runs: Path, folder: Path) -> None:
     """Write what was trained, as a checkpoint that this package and diffusers load, with its judge and its history."""
     clip, unet = make_clip(runs), best_unet(runs)
-    save_pipeline(folder, clip.tokenizer, unet.text_encoder, best_vae(runs), unet.unet, SCHEDULE, size=SIZE)
+    save_pipeline(
+        folder,
+        clip.tokenizer,
+        unet.text_encoder,
+        best_vae(runs),
+        unet.unet,
+        SCHEDULE,
+        size=SIZE,
+    )
     save_clip(folder, clip.clip)
-    judge = {name: x.half().contiguous() for name, x in make_judge(runs).judge.state_dict().items()}
-    save_atomically(lambda part: save_file(judge, part), folder / "judge" / "model.safetensors")
+    judge = {
+        name: x.half().contiguous()
+        for name, x in make_judge(runs).judge.state_dict().items()
+    }
+    save_atomically(
+        lambda part: save_file(judge, part), folder / "judge" / "model.safetensors"
+    )
     for stage in STAGES:
         if (runs / stage / "log.jsonl").exists():
-            history = thinned((runs / stage / "log.jsonl").read_text("utf-8").splitlines())
+            history = thinned(
+                (runs / stage / "log.jsonl").read_text("utf-8").splitlines()
+            )
             save_atomically(
-                lambda part, text=history: part.write_text(text, "utf-8"), folder / "history" / f"{stage}.jsonl"
+                lambda part, text=history: part.write_text(text, "utf-8"),
+                folder / "history" / f"{stage}.jsonl",
             )
     keep_previews(runs / "unet", folder / "history")
 
@@ -177,9 +215,13 @@ def keep_previews(source: Path, target: Path, most: int = 8) -> None:
     left = {int(path.stem.split("-")[1]): path for path in source.glob("preview-*.*")}
     first, last = min(left, default=1), max(left, default=1)
     wanted = [first * (last / first) ** (i / (most - 1)) for i in range(most)]
-    for moment in wanted[-1:] + wanted[:-1]:  # the last one must not be taken for another
+    for moment in (
+        wanted[-1:] + wanted[:-1]
+    ):  # the last one must not be taken for another
         if left:
-            preview = left.pop(min(left, key=lambda step, moment=moment: abs(step - moment)))
+            preview = left.pop(
+                min(left, key=lambda step, moment=moment: abs(step - moment))
+            )
             if preview.suffix == ".jpg":  # kept before: not compressed twice
                 shutil.copyfile(preview, target / preview.name)
             else:
@@ -194,18 +236,34 @@ def begin(runs: Path, folder: Path) -> None:
         "vae": {"vae": load_vae(folder)},
         "judge": {"judge": load_judge(folder)},
     }
-    parts |= {"places": {"text_encoder": load_text_encoder(folder)}, "unet": {"unet": load_unet(folder)}}
+    parts |= {
+        "places": {"text_encoder": load_text_encoder(folder)},
+        "unet": {"unet": load_unet(folder)},
+    }
     for stage, networks in parts.items():
         path = runs / stage / "state.pt"
         if path.exists():
-            raise ValueError(f"{path} is there already: remove it, or give another folder with --runs")
+            raise ValueError(
+                f"{path} is there already: remove it, or give another folder with --runs"
+            )
         weights = {
-            f"{name}.{n}": p.detach() for name, network in networks.items() for n, p in network.named_parameters()
+            f"{name}.{n}": p.detach()
+            for name, network in networks.items()
+            for n, p in network.named_parameters()
         }
         history = (folder / "history" / f"{stage}.jsonl").read_text("utf-8")
         step = json.loads(history.splitlines()[-1])["step"]
-        recipe = asdict(STAGES[stage]) | {"precision": "", "begun": step}  # measured anew
-        state = {"step": step, "recipe": recipe, "average": weights, "weights": weights, "optimizer": {}}
+        recipe = asdict(STAGES[stage]) | {
+            "precision": "",
+            "begun": step,
+        }  # measured anew
+        state = {
+            "step": step,
+            "recipe": recipe,
+            "average": weights,
+            "weights": weights,
+            "optimizer": {},
+        }
         save_atomically(lambda part, state=state: torch.save(state, part), path)
         (runs / stage / "log.jsonl").write_text(history, "utf-8")
     for preview in (folder / "history").glob("preview-*.jpg"):
@@ -224,15 +282,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to train; all: every stage, then export; export: runs -> checkpoint; begin: checkpoint -> runs",
     )
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="where training keeps its state (default: runs)"
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        help="where training keeps its state (default: runs)",
     )
-    parser.add_argument("--to", type=Path, default=Path("checkpoints/tiny"), help="the checkpoint of export and begin")
-    parser.add_argument("--steps", type=int, help="train up to this step instead of the recipe's")
     parser.add_argument(
-        "--precision", choices=["auto", "no", "bf16", "fp16"], default="auto", help="auto: measured here"
+        "--to",
+        type=Path,
+        default=Path("checkpoints/tiny"),
+        help="the checkpoint of export and begin",
+    )
+    parser.add_argument(
+        "--steps", type=int, help="train up to this step instead of the recipe's"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "no", "bf16", "fp16"],
+        default="auto",
+        help="auto: measured here",
     )
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--compile", action="store_true", help="compile the U-Net's blocks first: minutes, then faster")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the U-Net's blocks first: minutes, then faster",
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -260,7 +335,9 @@ def compile_unet(task: DenoiseTask) -> None:
     task.preview = as_before
 
 
-def train_stage(stage: str, runs: Path, steps: int | None, precision: str, compile: bool = False) -> None:
+def train_stage(
+    stage: str, runs: Path, steps: int | None, precision: str, compile: bool = False
+) -> None:
     recipe = STAGES[stage]
     torch.manual_seed(recipe.seed)
     task = MAKE[stage](runs)
@@ -270,17 +347,39 @@ def train_stage(stage: str, runs: Path, steps: int | None, precision: str, compi
     done, saved = progress(runs / stage / "state.pt")
     if precision == "auto":  # an interrupted run goes on in its own precision
         precision = saved.get("precision") or fastest_precision(task)
-    recipe = replace(recipe, steps=steps, precision=precision, begun=saved.get("begun", 0))
-    silent = os.environ.get("RANK", "0") != "0"  # of several processes, the first one reports
-    bar = tqdm(total=steps, initial=done, desc=stage, unit="step", dynamic_ncols=True, disable=silent)
+    recipe = replace(
+        recipe, steps=steps, precision=precision, begun=saved.get("begun", 0)
+    )
+    silent = (
+        os.environ.get("RANK", "0") != "0"
+    )  # of several processes, the first one reports
+    bar = tqdm(
+        total=steps,
+        initial=done,
+        desc=stage,
+        unit="step",
+        dynamic_ncols=True,
+        disable=silent,
+    )
     with bar, log_file(runs / stage) as log:
 
         def report(step: int, scalars: dict[str, float]) -> None:
             if silent:
                 return
             bar.update(step - bar.n)
-            bar.set_postfix({name: f"{scalars[name]:.3g}" for name in scalars if name not in ("lr", "norm")})
-            log.write(json.dumps({"step": step} | {name: round(x, 6) for name, x in scalars.items()}) + "\n")
+            bar.set_postfix(
+                {
+                    name: f"{scalars[name]:.3g}"
+                    for name in scalars
+                    if name not in ("lr", "norm")
+                }
+            )
+            log.write(
+                json.dumps(
+                    {"step": step} | {name: round(x, 6) for name, x in scalars.items()}
+                )
+                + "\n"
+            )
             log.flush()
 
         def show(step: int, pictures: Tensor) -> None:
@@ -288,7 +387,12 @@ def train_stage(stage: str, runs: Path, steps: int | None, precision: str, compi
             to_image(film).save(runs / stage / f"preview-{step:06d}.png")
 
         train(
-            task, recipe, runs / stage, report=report, show=show, preview_every=PREVIEW_EVERY if stage == "unet" else 0
+            task,
+            recipe,
+            runs / stage,
+            report=report,
+            show=show,
+            preview_every=PREVIEW_EVERY if stage == "unet" else 0,
         )
 
 

@@ -10,7 +10,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-COLOURS = ["#2f6f9f", "#d2612f", "#4c9a52", "#8967aa", "#c9a227", "#c44e6d", "#4a4a4a", "#2aa198"]
+COLOURS = [
+    "#2f6f9f",
+    "#d2612f",
+    "#4c9a52",
+    "#8967aa",
+    "#c9a227",
+    "#c44e6d",
+    "#4a4a4a",
+    "#2aa198",
+]
 
 
 def use_style(picture_format: str = "png") -> None:
@@ -22,12 +31,23 @@ def use_style(picture_format: str = "png") -> None:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
         set_matplotlib_formats(picture_format, dpi=100)
-    plt.rcParams.update({
-        "figure.figsize": (7.0, 3.2), "figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 10,
-        "axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
-        "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "image.cmap": "viridis",
-        "figure.constrained_layout.use": True,
-    })  # fmt: skip
+    plt.rcParams.update(
+        {
+            "figure.figsize": (7.0, 3.2),
+            "figure.facecolor": "white",
+            "savefig.facecolor": "white",
+            "font.size": 10,
+            "axes.prop_cycle": plt.cycler(color=COLOURS),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 10,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "legend.frameon": False,
+            "image.cmap": "viridis",
+            "figure.constrained_layout.use": True,
+        }
+    )
 
 
 def to_array(image: Image.Image | np.ndarray | Tensor) -> np.ndarray:
@@ -35,19 +55,31 @@ def to_array(image: Image.Image | np.ndarray | Tensor) -> np.ndarray:
     if isinstance(image, Tensor):
         image = image.detach().float().cpu()
         if image.ndim == 3:
-            return ((image.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+            return (
+                ((image.permute(1, 2, 0) + 1) * 127.5)
+                .round()
+                .clamp(0, 255)
+                .byte()
+                .numpy()
+            )
     return np.asarray(image)
 
 
 def images(
-    pictures: Sequence[Any] | Tensor, titles: Sequence[str] | None = None, columns: int = 8, size: float = 1.6
+    pictures: Sequence[Any] | Tensor,
+    titles: Sequence[str] | None = None,
+    columns: int = 8,
+    size: float = 1.6,
 ) -> Figure:
     """A grid of pictures: PIL images, uint8 arrays, or tensors (B, 3, H, W) in [-1, 1]; `size` in inches each."""
     arrays = [to_array(picture) for picture in pictures]
     columns = min(columns, len(arrays))
     rows = -(-len(arrays) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(size * columns, (size + 0.25 * bool(titles)) * rows), squeeze=False
+        rows,
+        columns,
+        figsize=(size * columns, (size + 0.25 * bool(titles)) * rows),
+        squeeze=False,
     )
     for axis in axes.flat:
         axis.axis("off")
@@ -58,11 +90,23 @@ def images(
     return figure
 
 
-def heatmap(matrix: Tensor | np.ndarray, rows: Sequence[str] | None = None, columns: Sequence[str] | None = None,
-            title: str = "", values: bool = False) -> Figure:  # fmt: skip
+def heatmap(
+    matrix: Tensor | np.ndarray,
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    title: str = "",
+    values: bool = False,
+) -> Figure:
     """A matrix as colours, with names along its sides and, if wanted, the numbers in its cells."""
-    array = np.asarray(matrix.detach().float().cpu() if isinstance(matrix, Tensor) else matrix)
-    figure, axis = plt.subplots(figsize=(min(8.0, 1.5 + 0.45 * array.shape[1]), min(8.0, 1.0 + 0.45 * array.shape[0])))
+    array = np.asarray(
+        matrix.detach().float().cpu() if isinstance(matrix, Tensor) else matrix
+    )
+    figure, axis = plt.subplots(
+        figsize=(
+            min(8.0, 1.5 + 0.45 * array.shape[1]),
+            min(8.0, 1.0 + 0.45 * array.shape[0]),
+        )
+    )
     drawn = axis.imshow(array, aspect="auto")
     axis.grid(False)
     axis.set_title(title)
@@ -74,7 +118,13 @@ def heatmap(matrix: Tensor | np.ndarray, rows: Sequence[str] | None = None, colu
         middle = (array.max() + array.min()) / 2
         for (i, j), value in np.ndenumerate(array):
             axis.text(
-                j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="black" if value > middle else "white"
+                j,
+                i,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="black" if value > middle else "white",
             )
     else:
         figure.colorbar(drawn, ax=axis)

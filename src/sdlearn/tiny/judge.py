@@ -17,8 +17,18 @@ from torch import Tensor, nn
 
 from sdlearn.blocks import ResBlock
 from sdlearn.files import read_tensors
-from sdlearn.scenes import BACKGROUNDS, COLOURS, OBJECTS, SIZE, Scene, paste, random_scene, random_thing, sprite
-from sdlearn.tasks import to_tensor
+from sdlearn.tiny.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    OBJECTS,
+    SIZE,
+    Scene,
+    paste,
+    random_scene,
+    random_thing,
+    sprite,
+)
+from sdlearn.tiny.tasks import to_tensor
 from sdlearn.training import Task
 
 CELL = 8
@@ -35,23 +45,35 @@ class Judge(nn.Module):
     def __init__(self, width: int = 96):
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(3, 32, 4, stride=2, padding=1), nn.SiLU(), nn.Conv2d(32, 64, 4, stride=2, padding=1), nn.SiLU(),
+            nn.Conv2d(3, 32, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(32, 64, 4, stride=2, padding=1),
+            nn.SiLU(),
             nn.Conv2d(64, width, 4, stride=2, padding=1),
-        )  # fmt: skip
-        self.blocks = nn.Sequential(*(ResBlock(width, width, groups=8) for _ in range(5)))
+        )
+        self.blocks = nn.Sequential(
+            *(ResBlock(width, width, groups=8) for _ in range(5))
+        )
         self.cells = nn.Conv2d(width, len(OBJECT_LABELS) + len(COLOUR_LABELS), 1)
         self.background = nn.Linear(width, len(BACKGROUND_LABELS))
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = F.silu(self.blocks(self.stem(image)))
-        objects, colours = self.cells(x).split([len(OBJECT_LABELS), len(COLOUR_LABELS)], dim=1)
+        objects, colours = self.cells(x).split(
+            [len(OBJECT_LABELS), len(COLOUR_LABELS)], dim=1
+        )
         return objects, colours, self.background(x.mean(dim=(2, 3)))
 
 
 def load_judge(folder: Path) -> Judge:
     """The judge of a checkpoint."""
     judge = Judge()
-    judge.load_state_dict({name: x.float() for name, x in read_tensors(folder / "judge" / "model.safetensors").items()})
+    judge.load_state_dict(
+        {
+            name: x.float()
+            for name, x in read_tensors(folder / "judge" / "model.safetensors").items()
+        }
+    )
     return judge.eval()
 
 
@@ -69,19 +91,27 @@ def look(judge: Judge, images: Tensor, least: int = 6) -> list[Finding]:
     """Read pictures; an object counts as present if it fills at least `least` cells."""
     objects, colours, backgrounds = (x.float() for x in judge(images))
     findings = []
-    for names, shades, ground in zip(objects.argmax(1).numpy(), colours, backgrounds.argmax(1).tolist(), strict=True):
+    for names, shades, ground in zip(
+        objects.argmax(1).numpy(), colours, backgrounds.argmax(1).tolist(), strict=True
+    ):
         counts = Counter(names.ravel().tolist())
         things = {}
         for label, count in counts.items():
             if OBJECT_LABELS[label] in (EMPTY, UNKNOWN) or count < least:
                 continue
             rows, columns = np.nonzero(names == label)
-            shade = COLOUR_LABELS[int(shades[:, rows, columns].log_softmax(0).sum(1).argmax())]
+            shade = COLOUR_LABELS[
+                int(shades[:, rows, columns].log_softmax(0).sum(1).argmax())
+            ]
             centre = [(where.mean() + 0.5) * CELL for where in (columns, rows)]
             things[OBJECT_LABELS[label]] = (shade, *centre)
         filled = names.size - counts[OBJECT_LABELS.index(EMPTY)]
         findings.append(
-            Finding(things, BACKGROUND_LABELS[ground], counts[OBJECT_LABELS.index(UNKNOWN)] / max(filled, 1))
+            Finding(
+                things,
+                BACKGROUND_LABELS[ground],
+                counts[OBJECT_LABELS.index(UNKNOWN)] / max(filled, 1),
+            )
         )
     return findings
 
@@ -97,7 +127,10 @@ def verdict(finding: Finding, scene: Scene) -> dict[str, bool]:
     background = finding.background == scene.background
     relation = True
     if len(names) == 2:
-        relation = names <= set(finding.things) and relation_of(finding, scene) == scene.relation()
+        relation = (
+            names <= set(finding.things)
+            and relation_of(finding, scene) == scene.relation()
+        )
     return {
         "objects": objects,
         "colours": colours,
@@ -135,16 +168,23 @@ def spoil(drawing: np.ndarray, rng: random.Random, other: np.ndarray) -> np.ndar
         n = rng.randint(7, 12)
         small = np.stack(
             [
-                [block.reshape(-1, 4).mean(0) for block in np.array_split(row, n, axis=1)]
+                [
+                    block.reshape(-1, 4).mean(0)
+                    for block in np.array_split(row, n, axis=1)
+                ]
                 for row in np.array_split(drawing, n, axis=0)
             ]
         )
-        return small.astype(np.uint8)[np.arange(height) * n // height][:, np.arange(width) * n // width]
+        return small.astype(np.uint8)[np.arange(height) * n // height][
+            :, np.arange(width) * n // width
+        ]
     tiles = [(i, j) for i in range(3) for j in range(3)]  # shuffled pieces
     h, w = height // 3, width // 3
     out = drawing.copy()
     for (i, j), (k, m) in zip(tiles, rng.sample(tiles, 9), strict=True):
-        out[i * h : i * h + h, j * w : j * w + w] = drawing[k * h : k * h + h, m * w : m * w + w]
+        out[i * h : i * h + h, j * w : j * w + w] = drawing[
+            k * h : k * h + h, m * w : m * w + w
+        ]
     return out
 
 
@@ -153,31 +193,46 @@ def example(rng: random.Random) -> tuple[Tensor, Tensor, Tensor, int]:
     scene = random_scene(rng, rng.choice(["train", "train", "colour", "pair"]))
     picture = np.empty((SIZE, SIZE, 3), np.uint8)
     known = rng.random() < 0.9
-    picture[:] = BACKGROUNDS[scene.background] if known else unlike(BACKGROUNDS.values(), rng)
+    picture[:] = (
+        BACKGROUNDS[scene.background] if known else unlike(BACKGROUNDS.values(), rng)
+    )
     cells = SIZE // CELL
     objects = np.full((cells, cells), OBJECT_LABELS.index(EMPTY))
     colours = np.full((cells, cells), IGNORE)
     middle = np.arange(cells) * CELL + CELL / 2
     for thing in scene.things:
         left, top, right, bottom = thing.box
-        drawing, label, colour = sprite(thing.name, thing.colour, thing.size), thing.name, thing.colour or "own"
+        drawing, label, colour = (
+            sprite(thing.name, thing.colour, thing.size),
+            thing.name,
+            thing.colour or "own",
+        )
         if rng.random() < 0.3:
             other = random_thing(rng)
-            drawing, label = spoil(drawing, rng, sprite(other.name, other.colour, thing.size)), UNKNOWN
+            drawing, label = (
+                spoil(drawing, rng, sprite(other.name, other.colour, thing.size)),
+                UNKNOWN,
+            )
         elif thing.colour and rng.random() < 0.1:
             drawing, colour = tinted(drawing, rng), UNKNOWN
         paste(picture, drawing, left, top)
-        inside = np.ix_((middle > top) & (middle < bottom), (middle > left) & (middle < right))
+        inside = np.ix_(
+            (middle > top) & (middle < bottom), (middle > left) & (middle < right)
+        )
         objects[inside] = OBJECT_LABELS.index(label)
         if label != UNKNOWN:
             colours[inside] = COLOUR_LABELS.index(colour)
     image = to_tensor(picture)
     if rng.random() < 0.5:
-        image = F.avg_pool2d(F.pad(image[None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0].lerp(image, rng.random())
+        image = F.avg_pool2d(F.pad(image[None], (1, 1, 1, 1), mode="replicate"), 3, 1)[
+            0
+        ].lerp(image, rng.random())
     image = image + rng.random() * 0.06 * torch.randn(
         image.shape, generator=torch.Generator().manual_seed(rng.getrandbits(32))
     )
-    image = image + torch.tensor([rng.uniform(-0.05, 0.05) for _ in range(3)]).view(3, 1, 1)
+    image = image + torch.tensor([rng.uniform(-0.05, 0.05) for _ in range(3)]).view(
+        3, 1, 1
+    )
     ground = BACKGROUND_LABELS.index(scene.background if known else UNKNOWN)
     return image, torch.from_numpy(objects), torch.from_numpy(colours), ground
 
@@ -186,7 +241,10 @@ def unlike(palette, rng: random.Random, least: int = 60) -> tuple[int, int, int]
     """A colour that is far from all of the palette."""
     while True:
         colour = tuple(rng.randrange(256) for _ in range(3))
-        if all(sum(abs(a - b) for a, b in zip(colour, known, strict=True)) > least for known in palette):
+        if all(
+            sum(abs(a - b) for a, b in zip(colour, known, strict=True)) > least
+            for known in palette
+        ):
             return colour
 
 
@@ -216,9 +274,13 @@ class JudgeTask(Task):
         }
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        objects, colours, background = self.judge(batch["image"].contiguous(memory_format=torch.channels_last))
+        objects, colours, background = self.judge(
+            batch["image"].contiguous(memory_format=torch.channels_last)
+        )
         loss_objects = F.cross_entropy(objects.float(), batch["objects"])
-        loss_colours = F.cross_entropy(colours.float(), batch["colours"], ignore_index=IGNORE)
+        loss_colours = F.cross_entropy(
+            colours.float(), batch["colours"], ignore_index=IGNORE
+        )
         loss_background = F.cross_entropy(background.float(), batch["background"])
         right = (objects.argmax(1) == batch["objects"]).float().mean()
         return {

@@ -118,8 +118,13 @@ HELD_OUT_COLOURS = frozenset(
         ("bus", "purple"),
     }
 )
-HELD_OUT_PAIRS = frozenset(pair for i, pair in enumerate(combinations(OBJECTS, 2)) if i % 8 == 3)
-NOWHERE = ("octopus", "umbrella")  # kept out of every split: chapter 15 teaches it to the model
+HELD_OUT_PAIRS = frozenset(
+    pair for i, pair in enumerate(combinations(OBJECTS, 2)) if i % 8 == 3
+)
+NOWHERE = (
+    "octopus",
+    "umbrella",
+)  # kept out of every split: chapter 15 teaches it to the model
 SPLITS = ("train", "colour", "pair")
 RELATIONS = {
     "to the left of": "to the right of",
@@ -129,24 +134,39 @@ RELATIONS = {
 }
 
 
-def rasterise(svg: str, width: int | None = None, height: int | None = None) -> np.ndarray:
+def rasterise(
+    svg: str, width: int | None = None, height: int | None = None
+) -> np.ndarray:
     """SVG source -> (height, width, 4) uint8 RGBA."""
     return np.array(
-        Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg, width=width, height=height))).convert("RGBA")
+        Image.open(
+            io.BytesIO(
+                resvg_py.svg_to_bytes(svg_string=svg, width=width, height=height)
+            )
+        ).convert("RGBA")
     )
 
 
 @cache
 def drawing_svg(name: str, colour: str | None) -> str:
     """The SVG source of a drawing, recoloured and cropped to its ink."""
-    emoji_name, *fills = RECOLOURED[name] if name in RECOLOURED else (OWN_COLOURS[name],)
+    emoji_name, *fills = (
+        RECOLOURED[name] if name in RECOLOURED else (OWN_COLOURS[name],)
+    )
     character = emoji.emojize(f":{emoji_name}:").rstrip("\ufe0f")
     svg = (get_openmoji_svg_data() / f"{ord(character):X}.svg").read_text("utf-8")
     for fill, new in zip(fills, COLOURS[colour] if colour else (), strict=False):
-        svg = re.sub(fill, new.upper(), svg, flags=re.IGNORECASE)  # upper case: a new colour is never replaced twice
+        svg = re.sub(
+            fill, new.upper(), svg, flags=re.IGNORECASE
+        )  # upper case: a new colour is never replaced twice
     scale = 8
     ink = rasterise(svg, 72 * scale)[..., 3].nonzero()
-    top, left, bottom, right = ink[0].min(), ink[1].min(), ink[0].max() + 1, ink[1].max() + 1
+    top, left, bottom, right = (
+        ink[0].min(),
+        ink[1].min(),
+        ink[0].max() + 1,
+        ink[1].max() + 1,
+    )
     box = f"{left / scale} {top / scale} {(right - left) / scale} {(bottom - top) / scale}"
     return re.sub(r'viewBox="[^"]*"', f'viewBox="{box}"', svg, count=1)
 
@@ -155,8 +175,12 @@ def drawing_svg(name: str, colour: str | None) -> str:
 def sprite(name: str, colour: str | None, size: int) -> np.ndarray:
     """A drawing whose longest side is `size` pixels: (h, w, 4) uint8 RGBA, straight alpha."""
     svg = drawing_svg(name, colour)
-    width, height = map(float, re.search(r'viewBox="\S+ \S+ (\S+) (\S+)"', svg).groups())
-    return rasterise(svg, width=size) if width >= height else rasterise(svg, height=size)
+    width, height = map(
+        float, re.search(r'viewBox="\S+ \S+ (\S+) (\S+)"', svg).groups()
+    )
+    return (
+        rasterise(svg, width=size) if width >= height else rasterise(svg, height=size)
+    )
 
 
 def paste(picture: np.ndarray, drawing: np.ndarray, left: int, top: int) -> None:
@@ -217,7 +241,9 @@ class Scene:
     def mirrored(self) -> "Scene":
         """The things change places."""
         a, b = self.things
-        return replace(self, things=(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)))
+        return replace(
+            self, things=(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y))
+        )
 
     def render(self) -> np.ndarray:
         """The picture: (128, 128, 3) uint8."""
@@ -235,8 +261,14 @@ class Scene:
         """The exact caption; relation "and" leaves the places open."""
         text = with_article(self.things[0].words)
         if len(self.things) == 2:
-            text += f" {relation or self.relation()} {with_article(self.things[1].words)}"
-        return f"{text} on {with_article(self.background)} background" if background else text
+            text += (
+                f" {relation or self.relation()} {with_article(self.things[1].words)}"
+            )
+        return (
+            f"{text} on {with_article(self.background)} background"
+            if background
+            else text
+        )
 
     def caption(self, rng: random.Random) -> str:
         """One of the true captions: either thing first, a quarter of the pairs "and", 15% without the background."""
@@ -248,7 +280,9 @@ class Scene:
 def split_of(scene: Scene) -> str | None:
     """The split that a scene may appear in: "train", "colour", "pair" (both held out), or None (kept out of all)."""
     names = tuple(sorted(thing.name for thing in scene.things))
-    colour = any((thing.name, thing.colour) in HELD_OUT_COLOURS for thing in scene.things)
+    colour = any(
+        (thing.name, thing.colour) in HELD_OUT_COLOURS for thing in scene.things
+    )
     pair = names in HELD_OUT_PAIRS
     if names == NOWHERE or (colour and pair):
         return None
@@ -260,20 +294,35 @@ def random_thing(rng: random.Random, name: str | None = None) -> Thing:
     return Thing(name, rng.choice([*COLOURS]) if name in RECOLOURED else None, 0, 0, 0)
 
 
-def place(things: tuple[Thing, ...], rng: random.Random, relation: str | None = None) -> tuple[Thing, ...]:
+def place(
+    things: tuple[Thing, ...], rng: random.Random, relation: str | None = None
+) -> tuple[Thing, ...]:
     """Give one or two things random places and sizes; two never overlap."""
     if len(things) == 1:
-        return (replace(things[0], x=64 + rng.randint(-14, 14), y=64 + rng.randint(-14, 14), size=rng.randint(80, 96)),)
+        return (
+            replace(
+                things[0],
+                x=64 + rng.randint(-14, 14),
+                y=64 + rng.randint(-14, 14),
+                size=rng.randint(80, 96),
+            ),
+        )
     relation = relation or rng.choice([*RELATIONS])
     placed = []
-    for thing, near in zip(things, (32, 96) if relation in ("to the left of", "above") else (96, 32), strict=True):
+    for thing, near in zip(
+        things,
+        (32, 96) if relation in ("to the left of", "above") else (96, 32),
+        strict=True,
+    ):
         along, across = near + rng.randint(-3, 3), 64 + rng.randint(-14, 14)
         x, y = (along, across) if "to the" in relation else (across, along)
         placed.append(replace(thing, x=x, y=y, size=rng.randint(50, 58)))
     return tuple(placed)
 
 
-def random_scene(rng: random.Random, split: str = "train", things: int | None = None) -> Scene:
+def random_scene(
+    rng: random.Random, split: str = "train", things: int | None = None
+) -> Scene:
     """Draw a scene of a split: "train", or "colour" and "pair", which hold the combinations that training never sees.
 
     `things` fixes the number of things; by default 40% of scenes have one and 60% have two.
@@ -281,7 +330,9 @@ def random_scene(rng: random.Random, split: str = "train", things: int | None = 
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}")
     if split == "pair" and things == 1:
-        raise ValueError("a scene of the split 'pair' holds two things: give things=2, or another split")
+        raise ValueError(
+            "a scene of the split 'pair' holds two things: give things=2, or another split"
+        )
     while True:
         count = things or (1 if rng.random() < 0.4 and split != "pair" else 2)
         chosen = [random_thing(rng) for _ in range(count)]
@@ -289,14 +340,22 @@ def random_scene(rng: random.Random, split: str = "train", things: int | None = 
             chosen[0] = Thing(*rng.choice(sorted(HELD_OUT_COLOURS)), 0, 0, 0)
             rng.shuffle(chosen)
         if split == "pair":
-            chosen = [random_thing(rng, name) for name in rng.choice(sorted(HELD_OUT_PAIRS))]
+            chosen = [
+                random_thing(rng, name) for name in rng.choice(sorted(HELD_OUT_PAIRS))
+            ]
             rng.shuffle(chosen)
         scene = Scene(place(tuple(chosen), rng), rng.choice([*BACKGROUNDS]))
         if len({thing.name for thing in chosen}) == count and split_of(scene) == split:
             return scene
 
 
-PHRASE = r"an? (?:(?P<colour{0}>" + "|".join(COLOURS) + r") )?(?P<name{0}>" + "|".join(OBJECTS) + ")"
+PHRASE = (
+    r"an? (?:(?P<colour{0}>"
+    + "|".join(COLOURS)
+    + r") )?(?P<name{0}>"
+    + "|".join(OBJECTS)
+    + ")"
+)
 
 
 CAPTION = re.compile(
@@ -327,4 +386,7 @@ def parse(caption: str, rng: random.Random | None = None) -> Scene:
             raise ValueError(f"a {name} keeps its own colours: leave out {colour!r}")
         things.append(Thing(name, colour or random_thing(rng, name).colour, 0, 0, 0))
     relation = match["relation"] if match["relation"] in RELATIONS else None
-    return Scene(place(tuple(things), rng, relation), match["background"] or rng.choice([*BACKGROUNDS]))
+    return Scene(
+        place(tuple(things), rng, relation),
+        match["background"] or rng.choice([*BACKGROUNDS]),
+    )

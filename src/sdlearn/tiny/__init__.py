@@ -1,0 +1,1 @@
+"""Our emoji world: its scenes, how its model is trained, judged and measured."""

@@ -46,7 +46,7 @@ def check_plain(path: str | Path, largest: int | None = None) -> os.stat_result:
         raise ValueError(f"{path} is a folder, but a file is wanted")
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(
-            f"{path} is a pipe or a device, but a plain file is wanted: copy it into one"
+            f"{path} is a pipe or a device, but a plain file is wanted: copy it there"
         )
     if largest is not None and found.st_size > largest:
         raise ValueError(
@@ -91,7 +91,7 @@ def read_json(path: str | Path) -> dict:
 
 @contextlib.contextmanager
 def explained(path: str | Path) -> Iterator[None]:
-    """Says in one sentence why `path` cannot be written, whichever library found out."""
+    """Say in one sentence why `path` cannot be written, whichever library found out."""
     try:
         yield
     except (
@@ -100,7 +100,8 @@ def explained(path: str | Path) -> Iterator[None]:
         code, text = getattr(error, "errno", None), str(error)
         if code in (errno.ENOSPC, errno.EDQUOT) or any(word in text for word in FULL):
             raise ValueError(
-                f"{path} cannot be written (No space left on device): make room on the disk"
+                f"{path} cannot be written (No space left on device): "
+                "make room on the disk"
             ) from None
         if isinstance(error, OSError):
             raise ValueError(

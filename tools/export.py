@@ -22,7 +22,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "by `make export`; edit it there."
-DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.AugAssign)
 
 
 class ExportError(ValueError):
@@ -56,7 +56,9 @@ def directives(source: str) -> tuple[dict[str, str], str]:
 
 
 def defined_names(node: ast.stmt) -> list[str]:
-    """The names that one top-level definition binds."""
+    """The names that one top-level definition binds; `SAMPLERS |= {...}` binds none, it adds to one that is there."""
+    if isinstance(node, ast.AugAssign):
+        return []
     if not isinstance(node, (ast.Assign, ast.AnnAssign)):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -137,7 +139,10 @@ def render(name: str, modules: dict[str, Module]) -> str:
     ]
     first, _, rest = module.docstring.replace("\\", "\\\\").replace('"""', '\\"\\"\\"').partition("\n")
     books = " and ".join(f"book/{notebook}" for notebook in module.notebooks)
-    doc = f'"""{first}\nExported from {books} {MARK}\n{rest}'.rstrip() + '\n"""'
+    head = f"Exported from {books} {MARK}"
+    if len(head) > 88:  # several chapters
+        head = f"Exported from {books}\n{MARK}"
+    doc = f'"""{first}\n{head}\n{rest}'.rstrip() + '\n"""'
     head = "\n".join([*module.imports, *neighbours, f"__all__ = {[x for x in module.names if x[0] != '_']}"])
     return tidy(f"{doc}\n\n{head}\n\n{body}\n", name)
 

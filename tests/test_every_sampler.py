@@ -64,7 +64,7 @@ def test_three_kinds_of_networks_draw_one_picture(name, strength):
         assert torch.allclose(steps[-1].latents, walks[0][-1].latents, atol=2e-4)
         far = [(step.x0 - steps[-1].latents).abs().mean() for step in steps]
         assert far[-1] < 0.1 and far[-1] < far[0]
-        assert len(steps) == (7 if strength else 12) - (not SAMPLERS[name].clean)
+        assert len(steps) == len(walks[0]) > 5
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -148,8 +148,8 @@ def errors(sampler, counts):
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [
-        ("euler", 0.8, 1.2), ("heun", 1.8, 2.3), ("dpm2", 1.8, 2.4), ("dpmpp_2s", 1.7, 2.2), ("dpmpp_2m", 1.7, 2.3),
-        ("dpmpp_3m", 1.5, 2.0), ("deis", 2.6, 4.3), ("lms", 3, 6.5), ("unipc", 2.6, 3.6), ("plms", 1.9, 3),
+        ("euler", 0.9, 1.1), ("heun", 1.9, 2.2), ("dpm2", 1.9, 2.2), ("dpmpp_2s", 1.9, 2.1), ("dpmpp_2m", 1.9, 2.2),
+        ("dpmpp_3m", 1.9, 2.3), ("deis", 2.6, 3.1), ("lms", 2.5, 3.5), ("unipc", 2.9, 3.3), ("plms", 1.9, 2.2),
     ],
 )  # fmt: skip
 def test_orders(name, least, most):

@@ -18,7 +18,7 @@ STAGES = [  # chapters, words, x, y, width
     (("06",), "Time", 446, 18, 72),
     (("07",), "U-Net", 446, 84, 72),
     (("10",), "Guidance", 546, 84, 86),
-    (("08",), "Sampler", 546, 150, 86),
+    (("08", "13"), "Sampler", 546, 150, 86),
     (("05",), "VAE decoder", 714, 84, 104),
     (("04",), "Scenes", 108, 226, 96),
     (("09",), "Training", 262, 226, 112),
@@ -86,18 +86,18 @@ def journey(chapter: str) -> str:
 NAMES = {
     "00": "The journey", "01": "Tokenizer", "02": "Attention", "03": "CLIP", "04": "Scenes", "05": "VAE", "06": "Time",
     "07": "U-Net", "08": "Sampler", "09": "Training", "10": "Guidance", "11": "Weights", "12": "Pipeline",
-    "19": "Speed",
+    "13": "Samplers", "19": "Speed",
 }  # fmt: skip
 SPOKEN = {
     "00": "The journey: the whole way on one page", "12": "Pipeline: the whole way in one class",
-    "19": "Speed and memory: the same for less",
+    "13": "Samplers: fewer looks, the same picture", "19": "Speed and memory: the same for less",
 }  # fmt: skip
 WIDE = {
     "size": (760, 442),
     "boxes": {  # chapter: x, y, width
         "00": (10, 8, 740), "01": (124, 74, 88), "02": (268, 74, 84), "03": (358, 74, 72), "06": (246, 166, 80),
         "07": (344, 166, 86), "10": (448, 166, 96), "08": (562, 166, 84), "04": (10, 278, 88), "09": (122, 278, 92),
-        "11": (238, 278, 92), "05": (562, 278, 84), "12": (10, 342, 740), "19": (10, 396, 740),
+        "11": (238, 278, 92), "05": (562, 278, 84), "12": (10, 342, 740), "13": (10, 396, 365), "19": (385, 396, 365),
     },
     "arrows": ["M106 96H122", "M212 96H266", "M394 118V164", "M326 188H342", "M430 188H446", "M544 188H560",
                "M604 210V224H387V212", "M206 188H234", "M628 246V276", "M646 300H690", "M98 300H120", "M214 300H236"],
@@ -108,11 +108,12 @@ WIDE = {
     "apple": (712, 302),
 }  # fmt: skip
 TALL = {
-    "size": (360, 818),
+    "size": (360, 872),
     "boxes": {
         "00": (10, 8, 340), "01": (100, 98, 160), "02": (20, 180, 155), "03": (185, 180, 155), "06": (24, 280, 150),
         "07": (186, 280, 150), "10": (24, 352, 150), "08": (186, 352, 150), "05": (100, 476, 160), "12": (10, 614, 340),
-        "04": (10, 706, 104), "09": (128, 706, 104), "11": (246, 706, 104), "19": (10, 764, 340),
+        "04": (10, 706, 104), "09": (128, 706, 104), "11": (246, 706, 104), "13": (10, 764, 340),
+        "19": (10, 818, 340),
     },
     "arrows": ["M180 86V96", "M180 142V178", "M261 224V278", "M174 302H184", "M246 324V338H140V350", "M174 374H184",
                "M300 352V326", "M180 432V474", "M180 520V544", "M114 728H126", "M232 728H244"],
@@ -191,7 +192,7 @@ def map_page() -> str:
 
 
 def main() -> int:
-    chapters = [f"{number:02d}" for number in (*range(13), 19)]
+    chapters = [f"{number:02d}" for number in (*range(14), 19)]
     texts = {f"journey-{chapter}.svg": journey(chapter) for chapter in chapters} | {"map.html": map_page()}
     there = {path.name: path.read_text("utf-8") for path in FOLDER.iterdir() if path.name in texts}
     stale = [name for name, text in texts.items() if there.get(name) != text]

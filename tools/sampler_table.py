@@ -26,11 +26,12 @@ from sdlearn.tiny.tasks import to_tensor
 
 MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
 TABLE = MODEL / "history" / "samplers.json"
+REFERENCE = "unipc exponential 200"
 LOOKS = (5, 8, 12, 20, 30, 50)
 CHOSEN = (
-    "ddim leading, dpmpp_2m karras, dpmpp_2m trailing, ddim trailing, euler_a trailing, dpmpp_2m_sde karras, "
-    "unipc trailing, plms leading, heun karras, dpmpp_2m ays, ddpm leading, dpmpp_2m leading, dpmpp_sde karras, "
-    "dpmpp_3m karras, euler karras, dpmpp_2m exponential, dpmpp_2m_sde trailing, lms karras, deis trailing, dpm2 karras"
+    "ddim leading, ddim trailing, euler karras, dpmpp_2m leading, dpmpp_2m trailing, dpmpp_2m karras, dpmpp_2m ays, "
+    "unipc trailing, dpmpp_3m trailing, heun karras, plms leading, ddpm leading, euler_a trailing, "
+    "dpmpp_2m_sde trailing, dpmpp_sde karras"
 ).split(", ")
 TWICE, ONCE_MORE = ("heun", "dpm2", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde"), ("plms",)
 
@@ -77,16 +78,17 @@ def main() -> None:
     parser.add_argument("--looks", type=int, nargs="*", default=LOOKS)
     args = parser.parse_args()
     table = json.loads(TABLE.read_text("utf-8")) if TABLE.exists() else {"rows": {}}
-    about = {"prompts": args.prompts, "seed": args.seed, "reference": "unipc exponential, 200 steps"}
+    model, judge, scenes = StableDiffusion.load(MODEL), load_judge(MODEL), scenes_of(args.prompts, args.seed)
+    about = {"seed": args.seed, "reference": REFERENCE, "sentences": [scene.sentence() for scene in scenes]}
     if {key: table.get(key, about[key]) for key in about} != about:
         parser.error(f"{TABLE.name} was measured with other settings; move it away first")
     table |= about
-    model, judge, scenes = StableDiffusion.load(MODEL), load_judge(MODEL), scenes_of(args.prompts, args.seed)
     path = MODEL.parent.parent / "runs" / f"samplers-reference-{args.prompts}-{args.seed}.pt"
     if path.exists():
         goal = torch.load(path)
     else:
-        goal, pictures = draw(model, scenes, "unipc", "exponential", 200, args.seed)
+        sampler, spacing, steps = REFERENCE.split()
+        goal, pictures = draw(model, scenes, sampler, spacing, int(steps), args.seed)
         table["reference right"] = [int(verdict["all"]) for verdict in judged(judge, scenes, pictures)]
         TABLE.write_text(json.dumps(table) + "\n", "utf-8")
         path.parent.mkdir(exist_ok=True)
@@ -97,7 +99,7 @@ def main() -> None:
                 continue
             cell = measure(model, judge, scenes, row, looks, args.seed, goal)
             if TABLE.exists():  # another of us may have written since
-                table = json.loads(TABLE.read_text("utf-8"))
+                table = json.loads(TABLE.read_text("utf-8")) | about
             table["rows"].setdefault(row, {})[str(looks)] = cell
             error = f"{np.median(cell['error']):.2g}" if "error" in cell else "-"
             right = np.mean(cell["right"])

@@ -383,8 +383,8 @@ ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12),
 
 
 def plms(past: list[Point], leg: Leg, look: Look) -> Tensor:
-    """As lms, with the weights of even steps; the first step is Heun's (Liu et al. 2022,
-    section 3)."""
+    """As lms, with the weights of even steps; the first step is Heun's
+    (Liu et al. 2022, section 3)."""
     if len(past) == 1:
         return heun(past, leg, look)
     parts = ADAMS[len(past) - 1]

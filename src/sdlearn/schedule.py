@@ -188,9 +188,9 @@ def leading(schedule: Schedule, n: int) -> list[Level]:
 
 def trailing(schedule: Schedule, n: int) -> list[Level]:
     """Counted down from the last time: 50 are 999, 979 ... 19."""
-    stride = -schedule.steps / n
-    times = np.round(schedule.steps + np.arange(n) * stride) - 1
-    return [schedule.at(t) for t in times]
+    last = schedule.steps
+    stride = (last - last / n) - last  # rounded as in numpy.arange: ties fall alike
+    return [schedule.at(t) for t in np.round(last + np.arange(n) * stride) - 1]
 
 
 def linspace(schedule: Schedule, n: int) -> list[Level]:

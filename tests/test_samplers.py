@@ -1,6 +1,5 @@
 """DDPM and DDIM against diffusers, the pictures from before the seam, and laws that hold for every sampler."""
 
-import inspect
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -360,9 +359,3 @@ def test_noise_is_drawn_in_float32_and_then_moved():
     assert draw(device="meta").device.type == "meta"
     with pytest.raises(ValueError, match="2 generators for 3 pictures; give one for each, or a single one"):
         draw_noise((3, 4, 8, 8), [torch.Generator(), torch.Generator()])
-
-
-def test_a_sampler_is_short():
-    for name, sampler in SAMPLERS.items():
-        assert len(inspect.getsource(sampler.better).splitlines()) <= 25, name
-        assert sampler.label and sampler.about

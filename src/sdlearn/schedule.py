@@ -81,8 +81,11 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
 
 def is_whole(value: object, least: int, most: float) -> bool:
     """A whole number in a range, of Python's or NumPy's kind?"""
-    fits = isinstance(value, Integral) and not isinstance(value, bool)
-    return fits and least <= value <= most
+    return (
+        isinstance(value, Integral)
+        and not isinstance(value, bool)
+        and least <= int(value) <= most
+    )
 
 
 def check_betas(betas: object) -> None:

@@ -83,6 +83,8 @@ def add_cell(module: Module, code: str) -> None:
             lifted.update(span)
         elif isinstance(node, DEFINITIONS):
             names = defined_names(node)
+            if isinstance(node, ast.AugAssign) and (table := ast.unparse(node.target)) not in module.names:
+                raise ExportError(f"'{table}' is added to, but no cell before exports it; begin it with '{table} ='")
             if twice := set(names) & set(module.names):
                 raise ExportError(f"'{min(twice)}' is exported for the second time; give one of them another name")
             module.names.extend(names)

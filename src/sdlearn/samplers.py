@@ -326,8 +326,8 @@ def dpmpp_2m(past: list[Point], leg: Leg, look: Look) -> Tensor:
     now, *before = past
     if not before or leg.end == 0:
         return now.x0
-    r = math.log(before[0].level.ratio / leg.start) / math.log(leg.start / leg.end)
-    return now.x0 + (now.x0 - before[0].x0) / (2 * r)
+    q = math.log(before[0].level.ratio / leg.start) / math.log(leg.start / leg.end)
+    return now.x0 + (now.x0 - before[0].x0) / (2 * q)
 
 
 def dpmpp_3m(past: list[Point], leg: Leg, look: Look) -> Tensor:
@@ -337,9 +337,9 @@ def dpmpp_3m(past: list[Point], leg: Leg, look: Look) -> Tensor:
         return dpmpp_2m(past, leg, look)
     now, one, two = past[:3]
     steps = [math.log(b.level.ratio / a.level.ratio) for a, b in pairwise(past[:3])]
-    r0, r1 = (step / math.log(leg.start / leg.end) for step in steps)
-    a, b = (now.x0 - one.x0) / r0, (one.x0 - two.x0) / r1
-    slope, curve = a + r0 / (r0 + r1) * (a - b), (a - b) / (r0 + r1)
+    q0, q1 = (step / math.log(leg.start / leg.end) for step in steps)
+    a, b = (now.x0 - one.x0) / q0, (one.x0 - two.x0) / q1
+    slope, curve = a + q0 / (q0 + q1) * (a - b), (a - b) / (q0 + q1)
     h = math.log(leg.start / leg.down)
     part = -1 / math.expm1(-h) - 1 / h  # the mean share of the leg, even in 1 / ratio
     square = part + (1 - 2 * part) / h  # the mean of its square
@@ -397,7 +397,7 @@ def plms(past: list[Point], leg: Leg, look: Look) -> Tensor:
 
 def unipc(past: list[Point]) -> Tensor:
     """Go the last leg again, now that its end was seen: xt there (Zhao et al. 2023,
-    algorithm 1)."""
+    section 3)."""
     now, *before = past
     if not before:
         return now.xt

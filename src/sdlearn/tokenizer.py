@@ -385,10 +385,10 @@ def parse_merges(found: object, path: str | Path = "merges.txt") -> list[tuple]:
         found = [x for x in found.split("\n") if x.strip() and x[:8] != "#version"]
     if not isinstance(found, list):
         raise ValueError(f"{path} has no list of merges: copy the folder again")
-    found = [x.split() if isinstance(x, str) else x for x in found]
-    pairs = [tuple(x) if isinstance(x, list) else () for x in found]
+    split = [x.split() if isinstance(x, str) else x for x in found]
+    pairs = [tuple(x) if isinstance(x, list) else () for x in split]
     for number, pair in enumerate(pairs):
-        if len(pair) != 2 or not all(isinstance(symbol, str) for symbol in pair):
+        if list(map(type, pair)) != [str, str]:
             raise ValueError(
                 f"merge {number} in {path} has {len(pair)} symbols, but 2 are wanted: "
                 "copy it again"

@@ -228,6 +228,13 @@ def vae_from_json(content: Mapping) -> VAEConfig:
     """`vae/config.json` -> ours. SD 1's own file is older than the scaling_factor."""
     refuse_others(content, VAE_ALWAYS, "vae")
     channels = numbers(content, "block_out_channels", "vae")
+    groups = number({"norm_num_groups": 32} | content, "norm_num_groups", "vae")
+    for width in channels:
+        if width % groups:
+            raise ValueError(
+                f"vae config: {width} channels do not split into {groups} groups: the file "
+                "is damaged, take another copy"
+            )
     for key, kind in {
         "down_block_types": "DownEncoderBlock2D",
         "up_block_types": "UpDecoderBlock2D",
@@ -247,7 +254,7 @@ def vae_from_json(content: Mapping) -> VAEConfig:
         channels=channels,
         blocks=number(content, "layers_per_block", "vae"),
         latent_channels=number(content, "latent_channels", "vae"),
-        groups=number({"norm_num_groups": 32} | content, "norm_num_groups", "vae"),
+        groups=groups,
         scale=float(scale),
     )
 
@@ -297,15 +304,7 @@ def tower(content: Mapping, part: str, keys: Mapping[str, str]) -> dict[str, int
 
 def text_from_json(content: Mapping) -> CLIPTextConfig:
     """`text_encoder/config.json`, or the `text_config` of a whole CLIP -> ours."""
-    sizes = tower(content, "text encoder", TEXT)
-    last = sizes["vocab"] - 1
-    end = content.get("eos_token_id", last)
-    if end not in (last, 2):  # older files say 2 and mean the largest id
-        raise ValueError(
-            f"text encoder config: eos_token_id is {end}, but the last of "
-            f"{sizes['vocab']} entries is wanted"
-        )
-    return CLIPTextConfig(**sizes)
+    return CLIPTextConfig(**tower(content, "text encoder", TEXT))
 
 
 def clip_from_json(content: Mapping) -> tuple[CLIPTextConfig, CLIPImageConfig, int]:
@@ -316,8 +315,15 @@ def clip_from_json(content: Mapping) -> tuple[CLIPTextConfig, CLIPImageConfig, i
             "clip config: text_config or vision_config is missing, but a whole CLIPModel "
             "is wanted"
         )
-    config = CLIPImageConfig(**tower(image, "image tower", IMAGE))
-    return text_from_json(text), config, number(content, "projection_dim", "clip")
+    config = text_from_json(text)
+    end = text.get("eos_token_id", config.vocab - 1)
+    if end not in (config.vocab - 1, 2):  # older files say 2 and mean the largest id
+        raise ValueError(
+            f"clip config: eos_token_id is {end!r}, but the last of {config.vocab} entries "
+            "is wanted, where the text's vector is taken"
+        )
+    seen = CLIPImageConfig(**tower(image, "image tower", IMAGE))
+    return config, seen, number(content, "projection_dim", "clip")
 
 
 def tower_to_json(
@@ -374,6 +380,11 @@ def table_of_betas(content: Mapping) -> torch.Tensor:
     """The betas of a scheduler's file: (steps,) float32."""
     start, end = content.get("beta_start", 0.0001), content.get("beta_end", 0.02)
     trained, zero = content.get("trained_betas"), content.get("rescale_betas_zero_snr")
+    if zero not in (None, False, True):
+        raise ValueError(
+            f"scheduler config: rescale_betas_zero_snr is {zero!r}, but true or false is "
+            "wanted"
+        )
     steps = number(
         {"num_train_timesteps": 1000} | content, "num_train_timesteps", "scheduler"
     )
@@ -385,6 +396,10 @@ def table_of_betas(content: Mapping) -> torch.Tensor:
         raise ValueError(
             f"scheduler config: betas {str(listed)[:40]}, but numbers above 0 and at most "
             "1 are wanted: the file is damaged, take another copy"
+        )
+    if steps < 2:
+        raise ValueError(
+            f"scheduler config: num_train_timesteps is {steps}, but at least 2 are wanted"
         )
     if trained is not None and len(trained) != steps:
         raise ValueError(

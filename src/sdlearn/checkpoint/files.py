@@ -89,14 +89,14 @@ class Entry(NamedTuple):
 
 
 class Reader:
-    """One file, mapped anew when a twentieth of it was read: so its pages leave memory."""
+    """One file, mapped anew after every twenty-fifth of it: so its pages leave memory."""
 
     def __init__(self, path: Path, opened: Callable[[], Callable[[str], torch.Tensor]]):
         self.bytes = path.stat().st_size
         self._opened, self._get, self._read = opened, None, 0
 
     def __call__(self, name: str) -> torch.Tensor:
-        if self._get is None or self._read > self.bytes / 20:
+        if self._get is None or self._read > self.bytes / 25:
             self._get = None
             self._get, self._read = self._opened(), 0
         tensor = self._get(name)
@@ -127,6 +127,9 @@ class Tensors(Mapping[str, "torch.Tensor"]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._readers[name](name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -254,37 +257,24 @@ def read_pickle(path: Path, form: str) -> Tensors:
     """
     import torch
 
-    named = check_zip(path) if form == ".ckpt" else check_pickles(path)
-    known = {f"torch.{name}" for name in dir(torch) if name.endswith("Storage")}
-    types = {f"torch.{str(x)[6:]}" for x in vars(torch).values() if type(x) is torch.dtype}
-    foreign = sorted(named - NEEDED - known - types)
-    called: list[str] = []
-
-    def inert(full: str) -> type:
-        def new(cls: type, *args: object, **more: object) -> object:
-            called.append(full)
-            return object.__new__(cls)
-
-        ignore = dict.fromkeys(("__init__", "__setstate__"), lambda *_, **__: None)
-        return type("Inert", (), {"__new__": new, **ignore})
+    named, called = check_zip(path) if form == ".ckpt" else check_pickles(path)
+    kinds = [str(x)[6:] for x in vars(torch).values() if type(x) is torch.dtype]
+    kinds += [name for name in vars(torch) if name.endswith("Storage")]
+    foreign = sorted(named - NEEDED - {f"torch.{kind}" for kind in kinds})
+    if acts := [name for name in foreign if name in called and name not in NUMPY]:
+        raise acting(path, acts[0])
+    ignore = {"__init__": lambda *_, **__: None, "__setstate__": lambda *_: None}
+    inert = [(type("Inert", (), dict(ignore)), name) for name in foreign]
 
     def content() -> dict[str, torch.Tensor]:
-        with torch.serialization.safe_globals([(inert(x), x) for x in foreign]):
+        with torch.serialization.safe_globals(inert):
             found = torch.load(path, "cpu", weights_only=True, mmap=form == ".ckpt")
         return dict(flat(found, path))
 
     try:
         tensors = content()
-        if acts := [name for name in called if name not in NUMPY]:
-            raise acting(path, acts[0])
-    except ValueError as error:
-        if str(error).startswith(str(path)):
-            raise
-        raise damaged(path, f"its pickle cannot be read ({error})") from None
     except Exception as error:  # a pickle is a program: it can fail in any way
-        if strange := [name for name in foreign if name not in NUMPY]:
-            raise acting(path, strange[0]) from None
-        if "memory" in str(error):
+        if str(error).startswith(str(path)) or "memory" in str(error):
             raise
         why = str(error).split("\n")[0] or type(error).__name__
         raise damaged(path, f"its pickle cannot be read ({why})") from None
@@ -328,8 +318,8 @@ def flat(content: object, path: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 tables.append((f"{prefix}{key}.", value))
 
 
-def check_zip(path: Path) -> set[str]:
-    """What the pickle in a zip names; torch writes one pickle and a file a storage."""
+def check_zip(path: Path) -> tuple[set[str], set[str]]:
+    """What the pickle in a zip names and calls; torch writes one pickle and a file a storage."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
@@ -359,62 +349,66 @@ def check_zip(path: Path) -> set[str]:
                 raise damaged(path, "its table of tensors is absurdly long")
             with archive.open(pickles[0]) as file:
                 return check_steps(path, file)
-    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError) as error:
+    except Exception as error:  # damaged bytes fail in many ways
+        if str(error).startswith(str(path)):
+            raise
         raise damaged(path, f"or cut off ({error})") from None
-    except NotImplementedError as error:
-        raise damaged(path, error) from None
 
 
-def check_pickles(path: Path) -> set[str]:
-    """What the pickles of a file from before 2020 name; five of them, then the storages."""
+def check_pickles(path: Path) -> tuple[set[str], set[str]]:
+    """The same of a file from before 2020: five pickles, then the storages."""
     with path.open("rb") as file:
-        named = check_steps(path, file)
-        magic = file.tell() < 20  # a number alone; else it is one pickle without torch
-        for _ in range(4 if magic else 0):
-            named |= check_steps(path, file)
-    return named
+        named, called = check_steps(path, file)
+        alone = file.tell() > 20  # the first is a number; else torch did not write it
+        for _ in range(0 if alone else 4):
+            more = check_steps(path, file)
+            named, called = named | more[0], called | more[1]
+    return named, called
 
 
-def check_steps(path: Path, file: BinaryIO) -> set[str]:
-    """All that a pickle names, told from its steps, none of which is taken.
+def check_steps(path: Path, file: BinaryIO) -> tuple[set[str], set[str]]:
+    """All that a pickle names, and what of it it calls; told from its steps, none of
+    which is taken: pickletools knows what each takes from the stack and leaves there.
 
-    Tuples of tuples of tuples take for ever to hash, so each is weighed: pickletools
-    knows what a step takes from the stack and what it leaves there.
+    Tuples of tuples of tuples take for ever to hash, so each is weighed.
     """
-    named, stack, memo, mark = set(), [], {}, object()
+    named, called, stack, memo = set(), set(), [], {}
+    mark, full = pickletools.markobject, lambda words: ".".join(map(str, words))
     try:
         for count, (step, argument, place) in enumerate(pickletools.genops(file)):
             if count > MOST_STEPS or (place or 0) > LARGEST_PICKLE:
                 raise damaged(path, "its pickle never ends")
-            if step.name == "GLOBAL":
-                named.add(argument.replace(" ", ".").replace("__builtin__", "builtins"))
-            elif step.name in ("INST", "OBJ", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
-                raise acting(path, str(argument or step.name).replace(" ", "."))
             if "PUT" in step.name or step.name == "MEMOIZE":
                 memo[len(memo) if argument is None else argument] = stack[-1]
-            elif "GET" in step.name:
+                continue
+            if "GET" in step.name:
                 stack.append(memo[argument])
-            else:
-                taken = list(step.stack_before)
-                if pickletools.markobject in taken:
-                    at = len(stack) - 1 - stack[::-1].index(mark)
-                    weights, stack = stack[at + 1 :], stack[:at]
-                    taken = taken[: taken.index(pickletools.markobject)]
-                else:
-                    weights = stack[len(stack) - len(taken) :]
-                if len(stack) < len(taken):
-                    raise IndexError
-                del stack[len(stack) - len(taken) :]
-                weight = 1 + sum(weights) if step.name.startswith("TUPLE") else 1
-                if weight > HEAVIEST:
+                continue
+            taken, wanted = [], list(step.stack_before)
+            if mark in wanted:
+                while (top := stack.pop()) is not mark:
+                    taken.insert(0, top)
+                wanted = wanted[: wanted.index(mark)]
+            taken = [stack.pop() for _ in wanted][::-1] + taken
+            left = argument if isinstance(argument, str) else 1
+            if step.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
+                words = full(taken) if argument is None else argument.replace(" ", ".")
+                left = words.replace("__builtin__.", "builtins.")
+                named.add(left)
+            if step.name in ("REDUCE", "INST", "OBJ") or "NEWOBJ" in step.name:
+                called.add(str(taken[0] if taken and step.name != "INST" else left))
+            if step.name.startswith("TUPLE"):
+                left = 1 + sum(x if type(x) is int else 1 for x in taken)
+                if left > HEAVIEST:
                     raise damaged(path, "its pickle holds a tuple without end")
-                left = [x is pickletools.markobject for x in step.stack_after]
-                stack += [mark if is_mark else weight for is_mark in left]
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+            stack += [mark if x is mark else left for x in step.stack_after]
+    except Exception as error:  # damaged bytes fail in many ways
+        if acts := sorted(called & named - NEEDED):
+            raise acting(path, acts[0]) from None
         if str(error).startswith(str(path)):
             raise
         raise damaged(path, f"its pickle cannot be read ({error})") from None
-    return named
+    return named, called
 
 
 def read_weights(folder: str | Path) -> Tensors:

@@ -134,14 +134,7 @@ def inspect_file(path: Path, tensors: Tensors) -> Report:
         count(entries, kind),
         tensors.metadata,
     )
-    if tensors.foreign:
-        more = f" and {len(tensors.foreign) - 1} more" if tensors.foreign[1:] else ""
-        report.but.append(
-            f"its pickle names {clean(tensors.foreign[0])}{more}, which a safe reader "
-            "refuses: take the .safetensors file"
-        )
-        return report
-    judged(report, kind == "SD 1" and not path.is_dir())
+    judged(report, bool(tensors.foreign) or kind == "SD 1" and not path.is_dir())
     if any(part.name == "EMA copies" for part in report.parts):
         report.but.append("the EMA copies are left aside, the plain weights are used")
     return report
@@ -150,7 +143,8 @@ def inspect_file(path: Path, tensors: Tensors) -> Report:
 def precision(entries: Iterable[Entry]) -> str:
     """The types of the numbers, the most frequent first; whole ones if there is nothing
     else."""
-    names = [name for name, _ in Counter(x.dtype for x in entries).most_common()]
+    found = Counter(x.dtype for x in entries)
+    names = sorted(found, key=lambda name: (-found[name], name))
     return ", ".join([name for name in names if "float" in name] or names)
 
 

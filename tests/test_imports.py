@@ -18,15 +18,13 @@ JOURNEY = """
     disk tiny.scenes
     tokenizer attention blocks timestep schedule prediction
     clip vae unet
-    ddpm samplers guidance
+    samplers guidance
     training
-    checkpoint.hub checkpoint.dialects checkpoint.configs checkpoint.files checkpoint.load checkpoint.inspect
-    headers hub names config files fitting saving weights
+    checkpoint.dialects checkpoint.files checkpoint.hub checkpoint.configs checkpoint.load checkpoint.inspect
     pictures request pipeline minimal
     inpaint lora controlnet sdxl lcm speed
     tiny.tasks tiny.judge tiny.recipe tiny.evaluate bench
     book.show book.moving
-    inspection
     cli
 """
 ORDER = JOURNEY.split()

@@ -116,10 +116,10 @@ def about_quiz(notebook: NotebookNode) -> Iterator[str]:
 def exported(notebook: NotebookNode) -> list[str]:
     """The names that the modules of a chapter export."""
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    modules = re.findall(r"^#\| ?default_exp (\w+)|^#\| ?export (\w+)", code, re.MULTILINE)
+    modules = re.findall(r"^#\| ?default_exp ([\w.]+)|^#\| ?export ([\w.]+)", code, re.MULTILINE)
     names = []
     for module in sorted({a or b for a, b in modules}):
-        tree = ast.parse((ROOT / "src" / "sdlearn" / f"{module}.py").read_text("utf-8"))
+        tree = ast.parse((ROOT / "src" / "sdlearn" / f"{module.replace('.', '/')}.py").read_text("utf-8"))
         lists = [node.value for node in tree.body if ast.unparse(node).startswith("__all__ =")]
         names += [name for one in lists for name in ast.literal_eval(one)]
     return names

@@ -373,7 +373,7 @@ def run_download(args: argparse.Namespace) -> None:
     """`sdlearn download`."""
     from sdlearn.checkpoint.hub import download
 
-    path = download(args.model, find_model(args.output or "."))
+    path = download(args.model, Path(find_model(args.output or ".")))
     print(path)
     print(f"next: sdlearn inspect {path}", file=sys.stderr)
 

@@ -15,7 +15,7 @@ MODULES = sorted(
 )
 # A module imports only from rows above its own, or from the left in its own row.
 JOURNEY = """
-    disk tiny.scenes
+    disk arguments tiny.scenes
     tokenizer attention blocks timestep schedule prediction
     clip vae unet
     ddpm samplers guidance

@@ -2,7 +2,6 @@
 Exported from book/09_training.ipynb by `make export`; edit it there.
 """
 
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -12,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sdlearn.disk import write_files
+
 __all__ = [
     "Average",
     "Recipe",
-    "save_atomically",
     "generators",
     "Task",
     "attention_kernels",
@@ -83,7 +83,7 @@ class Recipe:
     seed: int = 0
     begun: int = 0  # the step at which AdamW began without memories: the warm-up counts from here
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -103,19 +103,6 @@ class Recipe:
         up = min(1.0, (step + 1 - self.begun) / max(self.warmup, 1))
         down = min(1.0, (self.steps - step) / self.cooldown) if self.cooldown else 1.0
         return self.lr * up * down
-
-
-def save_atomically(write: Callable[[Path], None], path: Path) -> None:
-    """Write beside the target, flush, rename: at every moment the old file or the new one is there, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def generators(recipe: Recipe, step: int) -> list[random.Random]:
@@ -166,7 +153,7 @@ def save_state(
             n: p.detach() for n, p in task.named_parameters() if p.requires_grad
         },
     }
-    save_atomically(lambda part: torch.save(state, part), path)
+    write_files({path: lambda part: torch.save(state, part)})
 
 
 def train(
@@ -176,25 +163,32 @@ def train(
     *,
     log_every: int = 50,
     save_every: int = 500,
+    save_minutes: float = 5,
     preview_every: int = 0,
+    tick: Callable[[int, dict[str, Tensor]], None] = lambda step, losses: None,
     report: Callable[[int, dict[str, float]], None] = lambda step, scalars: None,
     show: Callable[[int, Tensor], None] = lambda step, pictures: None,
 ) -> None:
-    """Teach a task until recipe.steps; an interrupted run goes on from `folder`/state.pt to the same weights.
+    """Teach a task until recipe.steps; an interrupted run goes on to the same weights.
 
-    Several processes share the batch, and learn what one would. At the end the task holds the averaged weights.
+    What it needs for that is saved in `folder`/state.pt, after `save_every` steps or
+    `save_minutes`. `tick` is called after each step, `report` after `log_every` steps,
+    `show` with previews. Several processes share the batch, and learn what one would.
+    At the end the task holds the averaged weights.
     """
     import accelerate
     from torch.nn.attention import sdpa_kernel
 
-    accelerate.state.AcceleratorState._reset_state()  # else the first run would fix the precision of all later ones
+    # else the first run would fix the precision of all later ones
+    accelerate.state.AcceleratorState._reset_state()
     accelerator = accelerate.Accelerator(
         mixed_precision=recipe.precision, log_with="tensorboard", project_dir=folder
     )
     rank, world = accelerator.process_index, accelerator.num_processes
     if recipe.batch % world:
         raise ValueError(
-            f"a batch of {recipe.batch} does not divide among {world} processes: choose a multiple"
+            f"a batch of {recipe.batch} does not divide among {world} processes: "
+            "choose a multiple"
         )
     share = recipe.batch // world
     learned = [p for p in task.parameters() if p.requires_grad]
@@ -205,7 +199,7 @@ def train(
     first = resume(folder / "state.pt", task, optimizer, average, recipe)
     model, optimizer = accelerator.prepare(task, optimizer)
     accelerator.init_trackers("tensorboard")
-    started = time.perf_counter()
+    started = saved = time.perf_counter()
     for step in range(first, recipe.steps):
         batch = task.examples(
             generators(recipe, step)[rank * share : (rank + 1) * share]
@@ -221,6 +215,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         average.update(task, step)
         done = step + 1
+        tick(done, losses)
         if done % log_every == 0:
             scalars = {name: x.item() for name, x in losses.items()} | {
                 "norm": float(norm),
@@ -231,10 +226,11 @@ def train(
             )
             accelerator.log(scalars, step=done)
             report(done, scalars)
-        if accelerator.is_main_process and (
-            done % save_every == 0 or done == recipe.steps
-        ):
+        late = time.perf_counter() - saved > 60 * save_minutes
+        due = done % save_every == 0 or done == recipe.steps or late
+        if accelerator.is_main_process and due:
             save_state(folder / "state.pt", done, recipe, task, optimizer, average)
+            saved = time.perf_counter()
         if accelerator.is_main_process and preview_every and done % preview_every == 0:
             average.swap(task)
             pictures = task.preview().clamp(-1, 1)
@@ -251,7 +247,8 @@ def read_state(path: Path) -> dict:
     """A saved state, on the CPU; nothing in the file is ever executed."""
     if not path.exists():
         raise ValueError(
-            f"{path} is not there: train that stage first (sdlearn train {path.parent.name})"
+            f"{path} is not there: train that stage first "
+            f"(sdlearn train {path.parent.name})"
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -261,7 +258,8 @@ def read_state(path: Path) -> dict:
         }
     except Exception as error:  # damaged bytes fail in many ways
         raise ValueError(
-            f"{path} is not a readable training state ({type(error).__name__}): remove it"
+            f"{path} is not a readable training state ({type(error).__name__}): "
+            "remove it"
         ) from None
 
 
@@ -277,9 +275,7 @@ def resume(
         return 0
     state = read_state(path)
     free = {"steps", "cooldown"}  # a run may be made longer, and end gently
-    if not state[
-        "optimizer"
-    ]:  # weights of a checkpoint, with which a new run begins: any precision will do
+    if not state["optimizer"]:  # weights of a checkpoint, for a new run to begin with
         free.add("precision")
     changed = {
         name
@@ -288,7 +284,8 @@ def resume(
     } - free
     if changed:
         raise ValueError(
-            f"{path} was made with another {', '.join(sorted(changed))}: use the same recipe or another folder"
+            f"{path} was made with another {', '.join(sorted(changed))}: "
+            "use the same recipe or another folder"
         )
     here, there = (
         {n: x.shape for n, x in weights.items()}
@@ -313,7 +310,9 @@ def averaged_weights(path: Path) -> dict[str, Tensor]:
 
 def progress(path: Path) -> tuple[int, dict]:
     """How many steps a saved state has done, and its recipe; (0, {}) if there is none."""
-    state = read_state(path) if path.exists() else {"step": 0, "recipe": {}}
+    if not path.exists():
+        return 0, {}
+    state = read_state(path)
     return state["step"], state["recipe"]
 
 

@@ -7,8 +7,10 @@ import random
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from sdlearn.attention import Attention
 from sdlearn.clip import CLIP, CLIPTextEncoder, contrastive_loss
 from sdlearn.ddpm import sample
+from sdlearn.disk import write_files
 from sdlearn.guidance import Guided
 from sdlearn.schedule import Schedule, add_noise, training_target
 from sdlearn.tiny.scenes import (
@@ -27,12 +30,13 @@ from sdlearn.tiny.scenes import (
     OBJECTS,
     SIZE,
     Scene,
+    Thing,
     random_scene,
     random_thing,
     split_of,
 )
 from sdlearn.tokenizer import Tokenizer
-from sdlearn.training import Task, save_atomically
+from sdlearn.training import Task
 from sdlearn.unet import UNet
 from sdlearn.vae import VAE, DiagonalGaussian
 
@@ -204,24 +208,24 @@ def scene_tokenizer() -> Tokenizer:
 def family(rng: random.Random) -> list[Scene]:
     """A scene and three that differ in one thing each: hard negatives, Yuksekgonul et al. 2023, section 4."""
     scene = random_scene(rng)
-    thing = rng.randrange(len(scene.things))
+    place = rng.randrange(len(scene.things))
+    thing = scene.things[place]
 
-    def changed(**attributes: str | None) -> Scene:
-        things = list(scene.things)
-        things[thing] = replace(things[thing], **attributes)
+    def changed(new: Thing) -> Scene:
+        things = (new if i == place else old for i, old in enumerate(scene.things))
         return replace(scene, things=tuple(things))
 
     other = random_thing(rng)
     another = [name for name in BACKGROUNDS if name != scene.background]
-    colours = [name for name in COLOURS if name != scene.things[thing].colour]
+    colours = [name for name in COLOURS if name != thing.colour]
     scenes = [
         scene,
         scene.mirrored()
         if len(scene.things) == 2
         else replace(scene, background=rng.choice(another)),
-        changed(name=other.name, colour=other.colour),
-        changed(colour=rng.choice(colours))
-        if scene.things[thing].colour
+        changed(replace(thing, name=other.name, colour=other.colour)),
+        changed(replace(thing, colour=rng.choice(colours)))
+        if thing.colour
         else replace(scene, background=rng.choice(another)),
     ]
     if len({x.name for x in scenes[2].things}) == len(scene.things) and {
@@ -343,10 +347,11 @@ class PlacesTask(Task):
         def surprise(layout: Tensor) -> tuple[Tensor, Tensor]:
             """The cross-entropy of objects and of colours in each scene, (B,)."""
             pairs = zip((objects, colours), layout.unbind(1), strict=True)
-            return tuple(
+            object_loss, colour_loss = (
                 F.cross_entropy(x.mT, labels, reduction="none").mean(1)
                 for x, labels in pairs
             )
+            return object_loss, colour_loss
 
         (object_loss, colour_loss), told = surprise(batch["layout"]), batch["told"]
         background_loss = F.cross_entropy(background, batch["background"])
@@ -380,12 +385,15 @@ def encode_scenes(vae: VAE, numbers: range, batch: int = 32) -> Tensor:
 
 
 def latent_bank(vae: VAE, count: int, path: Path, chunk: int = 2048) -> Tensor:
-    """encode_scenes of the first `count` scenes, kept in a file that an interrupted or a larger run goes on with."""
+    """encode_scenes of the first `count` scenes, kept in a file.
+
+    An interrupted or a larger run goes on with it.
+    """
     bank = torch.load(path, weights_only=True) if path.exists() else torch.empty(0)
     while len(bank) < count:
         more = encode_scenes(vae, range(len(bank), min(len(bank) + chunk, count)))
         bank = torch.cat([bank.half(), more]) if len(bank) else more
-        save_atomically(lambda part, bank=bank: torch.save(bank, part), path)
+        write_files({path: partial(torch.save, bank)})
     return bank[:count]
 
 
@@ -404,6 +412,8 @@ class DenoiseTask(Task):
     so the background shines through at t = 999, and would be read there instead of in the words (Lin et al. 2023,
     section 3.1). Offset noise hides it; SDXL was trained so too (Podell et al. 2024, section 2.5).
     """
+
+    weights: Tensor
 
     def __init__(
         self,
@@ -473,6 +483,8 @@ class DenoiseTask(Task):
         self, prompts: Sequence[str] = PREVIEW, steps: int = 25, scale: float = 5.0
     ) -> Tensor:
         """A picture for each prompt, from the same noise every time: (B, 3, 128, 128)."""
+        if self.vae is None:
+            raise ValueError("a preview needs the VAE: give the task one")
         device = self.weights.device
         context, empty = (
             self.text_encoder(self.tokenizer(text).to(device))
@@ -495,7 +507,7 @@ class HintedTask(DenoiseTask):
     The layer that says it is thrown away when training ends.
     """
 
-    def __init__(self, unet: UNet, *others: object, hint: float = 0.15, **more: object):
+    def __init__(self, unet: UNet, *others: Any, hint: float = 0.15, **more: Any):
         super().__init__(unet, *others, **more)
         self.hint = hint
         width = unet.config.channels[-1]
@@ -517,9 +529,10 @@ class HintedTask(DenoiseTask):
             [layout(numbered_scene(n)) for n in batch["number"].tolist()]
         ).to(said.device)
         answers = zip((objects, colours), truth.unbind(1), strict=True)
-        surprise = sum(
+        object_loss, colour_loss = (
             F.cross_entropy(said, labels, reduction="none") for said, labels in answers
-        ).mean(dim=1)  # (B,)
+        )
+        surprise = (object_loss + colour_loss).mean(dim=1)  # (B,)
         t = batch["t"]
         hint = (
             self.weights[t] / self.often.to(t.device)[t] * surprise
@@ -540,11 +553,11 @@ class GuidedTask(HintedTask):
 
     def __init__(
         self,
-        *others: object,
+        *others: Any,
         scale: float = 7.5,
         below: int = 500,
         guided: float = 0.1,
-        **more: object,
+        **more: Any,
     ):
         super().__init__(*others, **{"drop": 0.0, "hint": 0.05} | more)
         self.scale, self.below, self.guided = scale, below, guided

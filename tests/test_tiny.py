@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sdlearn.tiny import recipe as tiny
 from sdlearn.pipeline import StableDiffusion
+from sdlearn.tiny import recipe as tiny
 from sdlearn.tiny.judge import look
 from sdlearn.tiny.recipe import (
     BANK,
@@ -103,9 +103,8 @@ def test_the_unet_task_stands_on_the_others(runs):
     assert all(torch.equal(p, taught[f"text_encoder.{name}"]) for name, p in task.text_encoder.named_parameters())
 
 
-def test_the_guided_stage_begins_with_the_trained_unet_and_is_what_is_exported(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny.make_unet, "__defaults__", (2048, tiny.HintedTask))
-    task, saved = tiny.make_guided(runs), averaged_weights(runs / "unet" / "state.pt")
+def test_the_guided_stage_begins_with_the_trained_unet_and_is_what_is_exported(runs, tmp_path):
+    task, saved = tiny.make_guided(runs, bank=2048), averaged_weights(runs / "unet" / "state.pt")
     assert isinstance(task, GuidedTask) and task.drop == 0
     assert all(torch.equal(p, saved[f"unet.{name}"]) for name, p in task.unet.named_parameters())
     mine = tmp_path / "runs"

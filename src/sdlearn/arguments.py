@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from typing import Any
 
 __all__ = ["DTYPES", "add_device", "thread_count"]
 
@@ -16,8 +15,8 @@ DTYPES = {
 }
 
 
-def add_device(parser: argparse.ArgumentParser, **more: Any) -> None:
-    """--device and --dtype; `more` is for --dtype, as `default`."""
+def add_device(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """--device and --dtype, which has a default."""
     parser.add_argument(
         "--device",
         metavar="NAME",
@@ -27,8 +26,8 @@ def add_device(parser: argparse.ArgumentParser, **more: Any) -> None:
         "--dtype",
         choices=DTYPES,
         metavar="TYPE",
-        help="float32, float16 or bfloat16 (default: by device)",
-        **more,
+        help=f"float32, float16 or bfloat16 ({default or 'default: by device'})",
+        default=default,
     )
 
 

@@ -1,4 +1,4 @@
-"""recipes -> checkpoints/tiny: the sizes of our model and the stages of its training."""
+"""recipes -> checkpoints/tiny: the sizes of our model, the stages of its training."""
 
 import argparse
 import contextlib

@@ -22,13 +22,12 @@ from sdlearn.arguments import DTYPES, add_device, thread_count
 from sdlearn.clip import CLIPTextConfig, CLIPTextEncoder
 from sdlearn.disk import check_writable, write_files
 from sdlearn.pipeline import StableDiffusion, pick_device
-from sdlearn.saving import save_pipeline, save_single_file
 from sdlearn.schedule import Schedule
-from sdlearn.speed import compiled as compile_unet
+from sdlearn.speed import compile_unet, speed_up
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
-from sdlearn.weights import empty
+from sdlearn.weights import Parts, empty, save
 
 Network = TypeVar("Network", bound=nn.Module)
 PARTS = ("unet", "vae", "text", "load", "tiles", "tiny")
@@ -40,9 +39,10 @@ SMALL = (  # the same layers, for a quick look
 )
 PROMPT = "a red apple on a blue background"
 OURS = """
-from sdlearn.disk import check_writable, write_files
 from sdlearn.pipeline import StableDiffusion
-sd = StableDiffusion.load({path!r}, {device!r}, torch.{dtype}, fast=True)
+from sdlearn.speed import speed_up
+sd = StableDiffusion.load({path!r}, {device!r}, torch.{dtype})
+speed_up(sd, fast=True)
 next(sd.steps({prompt!r}, steps=2, sampler="ddim", seed=0, width={size}, height={size}))
 """
 THEIRS = """
@@ -173,12 +173,11 @@ def write_models(folder: Path, sizes: tuple, dtype: torch.dtype, size: int) -> P
     text = random_model(CLIPTextEncoder, sizes[0], dtype)
     vae = random_model(VAE, sizes[1], dtype)
     unet = random_model(UNet, sizes[2], dtype)
-    schedule, path = Schedule(), folder / "model.safetensors"
-    save_pipeline(
-        folder, Tokenizer.clip(), text, vae, unet, schedule, dtype=dtype, size=size
-    )
-    save_single_file(path, text, vae, unet, dtype=torch.float32)
-    return path
+    networks = {"tokenizer": Tokenizer.clip(), "text_encoder": text}
+    parts = Parts(networks | {"vae": vae, "unet": unet}, Schedule(), size=(size, size))
+    save(folder, parts, dtype)
+    save(folder / "model.safetensors", parts, torch.float32)
+    return folder / "model.safetensors"
 
 
 def networks(
@@ -197,7 +196,7 @@ def networks(
 
     disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    sd = StableDiffusion.load(folder, device, dtype, fast=True)
+    sd = speed_up(StableDiffusion.load(folder, device, dtype), fast=True)
     pipe = StableDiffusionPipeline.from_pretrained(
         folder, dtype=dtype, safety_checker=None
     ).to(device)

@@ -2,6 +2,7 @@
 Exported from book/05_vae.ipynb by `make export`; edit it there.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,11 @@ class DiagonalGaussian:
         """mean + std * noise; the noise is drawn on the CPU, so a seed means the same on every device."""
         noise = torch.randn(self.mean.shape, generator=generator).to(self.mean)
         return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def scaled(self, factor: float) -> "DiagonalGaussian":
+        """The distribution of `factor` times these numbers."""
+        logvar = self.logvar + 2 * math.log(factor)
+        return DiagonalGaussian(torch.cat([factor * self.mean, logvar], dim=1))
 
     def kl(self) -> Tensor:
         """Kullback-Leibler divergence from the standard normal distribution, in nats for each picture: (B,)."""
@@ -151,7 +157,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """image (B, 3, H, W) in [-1, 1] <-> latents (B, 4, H/8, W/8) with a standard deviation near one.
+    """image (B, 3, H, W) in [-1, 1] <-> latents (B, 4, H/8, W/8), std near one.
 
     Rombach et al. 2022, section 3.1 and appendix G.
     """
@@ -168,19 +174,25 @@ class VAE(nn.Module):
         )
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
-        """The distribution of the unscaled latents; `latents = scale * encode(image).sample()`."""
+        """The distribution of the latents; `decode` is its inverse."""
+        return self.unscaled(image).scaled(self.config.scale)
+
+    def unscaled(self, image: Tensor) -> DiagonalGaussian:
+        """The distribution of the latents before they are scaled, as training sees it."""
         factor = 2 ** (len(self.config.channels) - 1)
         channels, height, width = image.shape[-3:]
         if channels != 3:
             raise ValueError(
-                f"image has {channels} channels, but red, green and blue are wanted: convert it to RGB"
+                f"image has {channels} channels, but red, green and blue are wanted: "
+                "convert it to RGB"
             )
         if height % factor or width % factor:
             raise ValueError(
-                f"image is {width}x{height}: both must be multiples of {factor}, so crop or resize it"
+                f"image is {width}x{height}: both must be multiples of {factor}, "
+                "so crop or resize it"
             )
         return DiagonalGaussian(self.quant_conv(self.encoder(image)))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents -> image in about [-1, 1]."""
+        """latents -> image in about [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents / self.config.scale))

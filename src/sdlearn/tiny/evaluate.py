@@ -17,6 +17,7 @@ from tqdm import tqdm
 from sdlearn.arguments import DTYPES, add_device
 from sdlearn.disk import check_writable, write_files
 from sdlearn.pipeline import StableDiffusion
+from sdlearn.request import Request
 from sdlearn.schedule import add_noise
 from sdlearn.tiny.judge import Judge, load_judge, look, verdict
 from sdlearn.tiny.scenes import (
@@ -68,9 +69,7 @@ def remade(
         model.vae.encode(x.to(model.device, model.dtype)).mean
         for x in images.split(batch)
     )
-    back = torch.cat(
-        [model.vae.decode(model.vae.config.scale * x).float().cpu() for x in latents]
-    )
+    back = torch.cat([model.vae.decode(x).float().cpu() for x in latents])
     return images, (back.clamp(-1, 1) * 127.5).round() / 127.5
 
 
@@ -198,13 +197,13 @@ def attention_overlap(
     generator = torch.Generator().manual_seed(seed)
     for scene in fresh_scenes(count, seed):
         image = to_tensor(scene.render())[None].to(model.device, model.dtype)
-        x0 = model.vae.config.scale * model.vae.encode(image).mean
+        x0 = model.vae.encode(image).mean
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         words = model.tokenizer.split(scene.sentence())
         context = model.text_encoder(model.tokenizer(scene.sentence()).to(model.device))
         with record_attention(model.unet) as record:
             model.unet(
-                add_noise(model.schedule, x0, noise, t),
+                add_noise(x0, noise, model.schedule.at(t)),
                 torch.tensor([t], device=x0.device),
                 context,
             )
@@ -269,23 +268,16 @@ def words_heard(
     error of the answer tells. Li et al. 2023 (arXiv:2303.16203) classify in this way.
     """
     scenes, rng = fresh_scenes(count, seed, things=2), random.Random(seed)
-    x0 = (
-        model.vae.config.scale
-        * model.vae.encode(
-            torch.stack([to_tensor(scene.render()) for scene in scenes]).to(
-                model.device, model.dtype
-            )
-        ).mean.float()
-    )
+    images = torch.stack([to_tensor(scene.render()) for scene in scenes])
+    x0 = model.vae.encode(images.to(model.device, model.dtype)).mean.float()
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
-    xt, times = (
-        add_noise(model.schedule, x0, noise, t),
-        torch.full((count,), t, device=x0.device),
-    )
+    level, times = model.schedule.at(t), torch.full((count,), t, device=x0.device)
+    xt, unet = add_noise(x0, noise, level), model.network(Request(""))
 
     def error(sentences: Sequence[str]) -> Tensor:
-        answer = model.denoise(xt, times, model.encode_prompts(sentences))
-        return (answer - noise).square().mean(dim=(1, 2, 3))
+        answer = unet(xt, times, **model.encode(sentences))
+        eps = model.prediction.split(xt, answer, level)[1]
+        return (eps - noise).square().mean(dim=(1, 2, 3))
 
     true, wrong = (
         error([scene.sentence() for scene in scenes]),

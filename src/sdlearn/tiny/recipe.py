@@ -25,9 +25,8 @@ from sdlearn.arguments import thread_count
 from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig
 from sdlearn.disk import check_writable, explained, locked, read_text, write_files
 from sdlearn.pictures import to_image
-from sdlearn.saving import save_pipeline
 from sdlearn.schedule import Schedule
-from sdlearn.speed import compiled
+from sdlearn.speed import compile_unet
 from sdlearn.tiny.judge import Judge, JudgeTask, load_judge
 from sdlearn.tiny.scenes import SIZE
 from sdlearn.tiny.tasks import (
@@ -52,7 +51,15 @@ from sdlearn.training import (
 )
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
-from sdlearn.weights import load_clip, load_text_encoder, load_unet, load_vae, save_clip
+from sdlearn.weights import (
+    Parts,
+    load_clip,
+    load_text_encoder,
+    load_unet,
+    load_vae,
+    save,
+    save_clip,
+)
 
 SCHEDULE = Schedule()
 # The VAE's scale is measured when its training ends.
@@ -212,8 +219,13 @@ def export(runs: Path, folder: Path) -> None:
         aside = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
     try:
         with explained(folder):
-            networks = unet.text_encoder, best_vae(runs), unet.unet
-            save_pipeline(aside, clip.tokenizer, *networks, SCHEDULE, size=SIZE)
+            parts = {
+                "tokenizer": clip.tokenizer,
+                "text_encoder": unet.text_encoder,
+                "vae": best_vae(runs),
+                "unet": unet.unet,
+            }
+            save(aside, Parts(parts, SCHEDULE, unet.prediction, (SIZE, SIZE)))
             save_clip(aside, clip.clip)
             half = {
                 name: x.half().contiguous() for name, x in judge.state_dict().items()
@@ -384,9 +396,9 @@ def main(args: argparse.Namespace) -> None:
         tell(f"{args.to}: written")
 
 
-def compile_unet(task: DenoiseTask) -> None:
+def compile_task(task: DenoiseTask) -> None:
     """Compile the U-Net; previews, with batches of another size, stay as they were."""
-    compiled(task.unet, whole=False)
+    compile_unet(task.unet, whole=False)
     preview = task.preview
 
     def as_before(*words: Any) -> Tensor:
@@ -424,7 +436,7 @@ def train_stage(
         torch.manual_seed(STAGES[stage].seed)
         task = MAKE[stage](runs)
         if compile and isinstance(task, DenoiseTask):
-            compile_unet(task)
+            compile_task(task)
         if precision == "auto":  # an interrupted run goes on in its own precision
             precision = saved.get("precision") or fastest_precision(task)
         begun = saved.get("begun", 0)

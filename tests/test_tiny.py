@@ -124,7 +124,7 @@ def test_export_writes_a_checkpoint_that_the_pipeline_loads(runs, tmp_path):
     folder = tmp_path / "tiny"
     tiny.export(runs, folder)
     model = StableDiffusion.load(folder, device="cpu")
-    assert model.size == 128 and model.vae.config.scale == make_unet(runs, bank=2048).vae.config.scale
+    assert model.size == (128, 128) and model.vae.config.scale == make_unet(runs, bank=2048).vae.config.scale
     saved = torch.load(runs / "unet" / "state.pt", weights_only=True)["average"]
     for name, value in model.unet.state_dict().items():
         torch.testing.assert_close(value, saved[f"unet.{name}"], atol=1e-3, rtol=1e-3)

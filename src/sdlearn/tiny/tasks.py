@@ -97,7 +97,8 @@ def loss_weights(
     is first turned into that of eps.
     """
     level = schedule.at(torch.arange(schedule.steps))
-    snr, one = level.ratio**-2, torch.ones_like(level.alpha)
+    snr = torch.as_tensor(level.ratio) ** -2
+    one = torch.ones_like(snr)
     in_eps = prediction.split(0 * one, one, level)[1]  # an answer off by one, in eps
     weights = in_eps**2 * (snr.clamp(max=most) + 1) / (snr + floor)
     return (weights / weights.mean()).flatten()

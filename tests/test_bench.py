@@ -29,6 +29,7 @@ def test_table():
     assert lines[0] == "torch 2, threads 1" and lines[2].split() == ["U-Net", "step", "0.500", "2.000", "0.25"]
 
 
+@pytest.mark.slow
 def test_a_process_is_measured_and_its_failure_told():
     seconds, memory = in_a_process("import time; time.sleep(0.2); x = bytearray(300 * 2**20)", 1)
     assert 0.2 < seconds < 60 and memory > 0.3

@@ -238,6 +238,7 @@ def test_attention_overlap_of_a_random_model_is_that_of_the_area():
 QUICK = {"vae_psnr": 8, "clip_retrieval": 20, "attention_overlap": 2, "words_heard": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_figure_of_the_shipped_model_is_printed_and_written(monkeypatch, tmp_path, capsys, dtype):
     """All measures, on fewer scenes; in 16 bits as on a GPU."""

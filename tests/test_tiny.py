@@ -103,6 +103,7 @@ def test_the_unet_task_stands_on_the_others(runs):
     assert all(torch.equal(p, taught[f"text_encoder.{name}"]) for name, p in task.text_encoder.named_parameters())
 
 
+@pytest.mark.slow
 def test_the_guided_stage_begins_with_the_trained_unet_and_is_what_is_exported(runs, tmp_path):
     task, saved = tiny.make_guided(runs, bank=2048), averaged_weights(runs / "unet" / "state.pt")
     assert isinstance(task, GuidedTask) and task.drop == 0
@@ -118,6 +119,7 @@ def test_the_guided_stage_begins_with_the_trained_unet_and_is_what_is_exported(r
         torch.testing.assert_close(weight, saved[f"unet.{name}"] + 0.5, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_export_writes_a_checkpoint_that_the_pipeline_loads(runs, tmp_path):
     from sdlearn.tiny.evaluate import load_judge
 
@@ -137,6 +139,7 @@ def test_export_writes_a_checkpoint_that_the_pipeline_loads(runs, tmp_path):
     assert len(previews) == 8 and previews[0] == "preview-000500.jpg" and previews[-1] == "preview-010000.jpg"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_a_place_to_begin_from(runs, tmp_path):
     tiny.export(runs, tmp_path / "tiny")
     tiny.begin(tmp_path / "runs", tmp_path / "tiny")

@@ -1,6 +1,7 @@
 """book/chapters.toml -> all that lists the chapters: the journey of a prompt as a figure, book/_static/journey-NN.svg,
 with the stage of chapter NN lit; the map to click on the first page, book/_static/map.html, one drawing for wide
-screens and one for phones; the tables of README.md and book/index.md; _toc.yml.
+screens and one for phones; the tables of README.md and book/index.md; _toc.yml. And the first code of README.md,
+from src/sdlearn/minimal.py.
 
 python tools/journey.py            write them
 python tools/journey.py --check    write nothing; exit 1 if one differs
@@ -8,6 +9,7 @@ python tools/journey.py --check    write nothing; exit 1 if one differs
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -279,24 +281,34 @@ def contents() -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(path: Path, fresh: str) -> str:
-    """A page with a fresh table between its two marks."""
-    begin, end = "<!-- chapters -->\n\n", "\n\n<!-- chapters end -->"
-    before, _, rest = path.read_text("utf-8").partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        sys.exit(f"{path.name} has no {begin.strip()} ... {end.strip()}, where the table of the chapters stands")
-    return before + begin + fresh + end + after
+def minimal() -> str:
+    """The code of minimal.py without its docstring and its list of names: the first that README shows."""
+    text = (ROOT / "src" / "sdlearn" / "minimal.py").read_text("utf-8")
+    code = text.partition('"""\n\n')[2]
+    return f"```python\n{re.sub(r'__all__ = .*', '', code).strip()}\n```".replace("\n\n\n\n", "\n\n")
+
+
+def filled(path: Path, **blocks: str) -> str:
+    """A page with fresh text between the marks of each block: <!-- name --> ... <!-- name end -->."""
+    page = path.read_text("utf-8")
+    for name, fresh in blocks.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- {name} end -->"
+        before, found, rest = page.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not found or not ended:
+            sys.exit(f"{path.name} has no {begin.strip()} ... {end}, where tools/journey.py writes")
+        page = f"{before}{begin}\n{fresh}\n\n{end}{after}"
+    return page
 
 
 def texts() -> dict[Path, str]:
-    """All that follows from the table."""
+    """All that is written."""
     figures = {BOOK / "_static" / f"journey-{c.number}.svg": journey(c) for c in CHAPTERS}
     return figures | {
         BOOK / "_static" / "map.html": map_page(),
         ROOT / "_toc.yml": contents(),
-        ROOT / "README.md": with_table(ROOT / "README.md", readme_table()),
-        BOOK / "index.md": with_table(BOOK / "index.md", index_table()),
+        ROOT / "README.md": filled(ROOT / "README.md", chapters=readme_table(), minimal=minimal()),
+        BOOK / "index.md": filled(BOOK / "index.md", chapters=index_table()),
     }
 
 

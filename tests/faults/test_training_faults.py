@@ -62,6 +62,8 @@ print(*steps)
 """
 
 
+@pytest.mark.posix
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(tmp_path):
     train(Toy(256), RECIPE, tmp_path / "unbroken", save_every=1000)
     process = python(KILLED_AGAIN_AND_AGAIN, tmp_path / "killed", cwd=Path(__file__).parent)
@@ -94,6 +96,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no limit of file size")
 def test_a_real_write_that_fails_midway_leaves_the_last_good_state(tmp_path):
     process = python(FULL_DISK, tmp_path, cwd=Path(__file__).parent)
@@ -120,6 +123,8 @@ sys.exit(cli.main(["train", "vae", "--runs", sys.argv[1]]))
 """
 
 
+@pytest.mark.posix
+@pytest.mark.slow
 def test_ctrl_c_ends_the_command_cleanly(tmp_path):
     process = python(ENDLESS, tmp_path, cwd=Path(__file__).parent)
     state, patience = tmp_path / "vae" / "state.pt", time.monotonic() + 200
@@ -157,6 +162,7 @@ def test_who_stops_before_anything_is_saved_is_told(tmp_path, monkeypatch, capsy
     assert "vae: nothing was saved yet; the same command begins anew" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_second_training_in_the_same_folder_is_refused(tmp_path, monkeypatch):
     toy_stage(monkeypatch)
 

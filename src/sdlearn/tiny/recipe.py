@@ -102,7 +102,7 @@ AnyTask = TypeVar("AnyTask", bound=Task)
 
 def channels_last(model: Network) -> Network:
     """Convolutions are faster when the channels of a pixel lie side by side."""
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def trained(task: AnyTask, runs: Path, stage: str) -> AnyTask:

@@ -26,10 +26,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A real disk of 40 MB; only root may make one."""
+    """A real disk of 80 MB; only root may make one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)]
     if sys.platform != "linux" or os.getuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small disk cannot be made here")
     yield folder
@@ -53,7 +53,7 @@ def fill(folder: Path, room: int) -> Path:
 def refused(capsys, *words: object) -> str:
     assert main([str(word) for word in words]) == 2
     told = capsys.readouterr().err.strip().splitlines()
-    assert "cannot be written (No space left on device): make room on the disk" in told[-1], told
+    assert "make room" in told[-1] and not any("Traceback" in line for line in told), "\n".join(told)
     return told[-1]
 
 
@@ -64,7 +64,7 @@ def test_begin_begins_all_stages_or_none(small_disk, capsys):
     assert not list(runs.glob("*/state.pt")) and not list(runs.glob("*/.*.part"))
     assert left(small_disk) > 29 * MEGABYTE
     filler.unlink()
-    refused(capsys, "train", "begin", "--runs", runs, "--to", TINY)  # 40 MB are not enough either: all or none
+    refused(capsys, "train", "begin", "--runs", runs, "--to", TINY)  # 80 MB are not enough either
 
 
 def test_export_leaves_the_checkpoint_as_it_was_and_can_be_repeated(small_disk, tmp_path, capsys):

@@ -490,6 +490,8 @@ class Diary:
 
     def __init__(self, stage: str, steps: int, done: int, folder: Path):
         self.folder, self.log, self.told = folder, folder / "log.jsonl", 0.0
+        if is_first():
+            forget_after(self.log, done)
         self.bar = tqdm(
             total=steps,
             initial=done,
@@ -498,8 +500,6 @@ class Diary:
             dynamic_ncols=True,
             disable=not is_first(),
         )
-        if is_first():
-            forget_after(self.log, done)
 
     def tick(self, step: int, losses: dict[str, Tensor]) -> None:
         if time.monotonic() - self.told > 2:  # seconds; reading a loss waits for a GPU

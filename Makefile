@@ -31,7 +31,7 @@ export: .venv/.ready ## write src/sdlearn from the notebooks, and what follows f
 	@$(PY) tools/journey.py
 
 lint: .venv/.ready ## style, types, exports, notebooks; `make lint FIX=--fix` mends the style
-	@$(PY) -m ruff check --quiet $(FIX) .
+	@$(PY) -m ruff check --quiet --output-format concise $(FIX) .
 	@$(PY) -m ruff format --quiet $(if $(FIX),,--check) .
 	@$(PY) tools/export.py --check
 	@$(PY) tools/journey.py --check

@@ -13,10 +13,8 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "book" / "_ext"))
 sys.path.insert(0, str(ROOT / "tools"))
 from check_notebooks import normalise  # noqa: E402
-from one_source import IN_CODE, outside_code  # noqa: E402
 
 FLAGS = re.MULTILINE | re.DOTALL
 BIB = (ROOT / "book" / "references.bib").read_text("utf-8")
@@ -125,7 +123,7 @@ def folded(summary: str, text: str) -> str:
 
 
 def convert(notebook: nbformat.NotebookNode, path: Path) -> nbformat.NotebookNode:
-    cells, inside, told = [], False, False
+    cells, inside, told, label = [], False, False, ""
 
     def add(source: str, tag: str = "") -> None:
         if source.strip():
@@ -149,18 +147,20 @@ def convert(notebook: nbformat.NotebookNode, path: Path) -> nbformat.NotebookNod
 
     for cell in notebook.cells:
         if cell.cell_type != "markdown":
-            if inside and not told:
-                add(IN_CODE, "solution")
+            if inside:
                 told = True
+                if not cell.source.startswith("# Solution"):
+                    cell.source = f"# Solution {label}\n{cell.source}"
             put(cell, "solution" if inside else "")
             continue
         tags = cell.metadata.get("tags", [])
-        if {"exercise", "solution"} & set(tags):
+        if {"exercise", "solution", "quiz"} & set(tags):
             cells.append(cell)
             continue
         source = markdown(cell.source, path)
         if "<summary>Answer</summary>" in source and not inside:
-            put(nbformat.from_dict({**cell, "source": source}), "quiz")
+            for part in re.split(r"\n+(?=\*\*Question )", source):
+                add(part, "quiz" if "**Question" in part else "")
             continue
         if not re.search(r"\{(exercise|solution-start|solution-end)\}", source):
             if inside:
@@ -181,6 +181,9 @@ def convert(notebook: nbformat.NotebookNode, path: Path) -> nbformat.NotebookNod
                 add(exercise(first, path), "exercise")
             else:
                 inside, told = first.re is START, False
+                if inside:
+                    number = re.fullmatch(r"ch0?(\d+)-ex(\d+)", first[2])
+                    label = f"{number[1]}.{number[2]}"
             rest = rest[first.end() :]
     notebook.cells = cells
     return notebook

@@ -5,8 +5,8 @@ and only the website, which can be programmed, translates. The conventions, one 
 
 exercise    a Markdown cell tagged `exercise`: `### Exercise 3.1. A title <a id="ch03-ex1"></a>`, then its text
 solution    the cells below it tagged `solution`: text in <details>, which folds everywhere; code and outputs hidden by
-            the cell's metadata (tools/check_notebooks.py writes it from the tag). A collapsed heading would fold text
-            and code with one click in JupyterLab, but nowhere else.
+            the cell's metadata (tools/check_notebooks.py writes it from the tag), first line `# Solution 3.1`, which
+            is what remains to be seen. A collapsed heading would fold all of it, but in JupyterLab alone.
 answer      `<details><summary>Answer</summary>`, blank line, text, blank line, `</details>`
 citation    `[Ho et al. 2020](https://arxiv.org/abs/2006.11239)`, in a sentence or in parentheses: the address is that
             of an entry of references.bib; offline, too, the words say which paper is meant
@@ -34,7 +34,7 @@ CODE = re.compile(r"^(`{3,}|~{3,}).*?^\1 *$|(`+)(?!`).+?(?<!`)\2(?!`)", re.MULTI
 ANCHOR = r'<a id="([\w-]+)"></a>'
 EXERCISE = re.compile(rf"### Exercise (\d+)\.(\d+)\. (.+?) {ANCHOR}\n+(.*)", re.DOTALL)
 DETAILS = re.compile(r"^<details><summary>(.+?)</summary>\n\n(.*?)\n\n</details>$", re.MULTILINE | re.DOTALL)
-IN_CODE = "**Solution**, in code:"  # where a solution begins with a cell, this line says so; a box on the website does
+SOLUTION = re.compile(r"# Solution \d+\.\d+\n")  # the line that a folded cell shows; on the website the box says it
 LINK = r"\[([^\[\]]+)\]\((https?://[^\s()]+)\)"
 CITED = re.compile(rf"\({LINK}(?:[;,]\s+{LINK})*\)|{LINK}")
 TERM = re.compile(r"\[([^\[\]]+)\]\((?:glossary\.md)?#(term-[\w-]+)\)")
@@ -147,14 +147,14 @@ def chapter(cells: list[dict], names: Names) -> list[dict]:
             opening = f"```{{solution-start}} {label}\n:class: dropdown\n```"
             made.append(markdown(opening if inside else "```{solution-end}\n```"))
         if cell["cell_type"] != "markdown":
-            made.append(cell)
+            made.append(cell | {"source": SOLUTION.sub("", source, count=1)} if inside else cell)
         elif "exercise" in tags and (found := EXERCISE.fullmatch(source.strip())):
             label = found[4]
             body = linked(blocks(found[5]), names)
             made.append(markdown(fenced(f"exercise}} {found[3]}\n:label: {label}\n", body)))
         elif not inside:
             made.append(markdown(linked(blocks(source), names)))
-        elif source.strip() != IN_CODE:
+        else:
             made.append(markdown(linked(DETAILS.sub(r"\2", source), names)))
     return [*made, markdown("```{solution-end}\n```")] if inside else made
 

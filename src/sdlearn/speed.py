@@ -31,16 +31,18 @@ __all__ = [
 ]
 
 LARGE = 2**20  # weights of one head, from which slices pay
-BLOCK = (
-    2**22
-)  # weights that are alive at once: 8 MB in 16 bits, what a processor's cache can hold
+# weights that are alive at once: 8 MB in 16 bits, what a processor's cache can hold
+BLOCK = 2**22
 
 
 def sliced_attention(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK) -> Tensor:
-    """softmax(q k^T / sqrt K) v for q (B, N, T, K), k and v (B, N, S, K), at most `block` weights at a time.
+    """softmax(q k^T / sqrt K) v, at most `block` weights at a time.
 
-    Each row of weights is whole, so nothing is approximated; unlike FlashAttention (Dao et al. 2022) no running
-    softmax is needed, since a row of one picture's weights is short.
+    q: (B, N, T, K); k and v: (B, N, S, K).
+
+    Each row of weights is whole, so nothing is approximated; unlike FlashAttention (Dao
+    et al. 2022) no running softmax is needed, since a row of one picture's weights is
+    short.
     """
     shape, (places, words) = q.shape, (q.shape[2], k.shape[2])
     q, k, v = (
@@ -61,7 +63,7 @@ def sliced_attention(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK) -> Ten
 
 @cache
 def slices_win(dtype: torch.dtype, positions: int = 2048) -> bool:
-    """Whether this processor does one attention faster in slices than with PyTorch's kernel; measured only once."""
+    """Whether slices are faster here than PyTorch's kernel; measured only once."""
     q, k, v = torch.zeros(3, 1, 8, positions, 40, dtype=dtype)
     times = {sliced_attention: [], F.scaled_dot_product_attention: []}
     with torch.inference_mode():
@@ -73,10 +75,11 @@ def slices_win(dtype: torch.dtype, positions: int = 2048) -> bool:
 
 
 class FastAttention(Attention):
-    """`Attention` for drawing: in slices where that is faster, and the words' keys and values computed only once.
+    """`Attention` for drawing: in slices where that is faster, the words' part once.
 
-    It shares the weights of the attention that it replaces. A context is recognised by being the same tensor; the keys
-    and values of the last two are kept, since guidance in two passes takes turns between two.
+    It shares the weights of the attention that it replaces. A context is recognised by
+    being the same tensor; the keys and values of the last two are kept, since guidance
+    in two passes takes turns between two.
     """
 
     def __init__(self, attention: Attention, sliced: bool):
@@ -116,7 +119,9 @@ class FastAttention(Attention):
 
 
 def places(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin so that neighbours share at least `overlap`, and the last one ends at `length`."""
+    """Where tiles begin so that neighbours share `overlap` and the last ends at
+    `length`.
+    """
     if length <= tile:
         return [0]
     count = -(-(length - overlap) // (tile - overlap))
@@ -124,7 +129,10 @@ def places(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def ramp(tile: int, begins: bool, ends: bool, overlap: int) -> Tensor:
-    """How much each position of a tile counts: less and less towards an edge behind which another tile goes on."""
+    """How much each position of a tile counts.
+
+    Less and less towards an edge behind which another tile goes on.
+    """
     rise = (torch.arange(tile) + 0.5).div(overlap).clamp(max=1)
     ones = torch.ones(tile)
     return torch.minimum(ones if begins else rise, ones if ends else rise.flip(0))
@@ -137,7 +145,10 @@ def tiled(
     overlap: int,
     scale: int,
 ) -> Tensor:
-    """What `work(rows, columns)` answers for overlapping windows of a map of `size` (h, w), blended into one answer.
+    """What `work(rows, columns)` answers for overlapping windows, blended into one
+    answer.
+
+    size: of the map, (h, w).
 
     The answer to a window is `scale` times as large as the window.
     """
@@ -147,10 +158,8 @@ def tiled(
             part = work(slice(top, top + tile), slice(left, left + tile))
             if y is None:
                 whole = scale * size[0], scale * size[1]
-                y, total = (
-                    part.new_zeros(*part.shape[:2], *whole),
-                    part.new_zeros(whole),
-                )
+                y = part.new_zeros(*part.shape[:2], *whole)
+                total = part.new_zeros(whole)
             (i, j), (h, w) = (scale * top, scale * left), part.shape[-2:]
             down = ramp(h, i == 0, i + h == whole[0], scale * overlap)
             across = ramp(w, j == 0, j + w == whole[1], scale * overlap)
@@ -161,7 +170,7 @@ def tiled(
 
 
 def faster(network: nn.Module, sliced: bool | None = None) -> nn.Module:
-    """Put a `FastAttention` in the place of every attention, in place; the weights stay the same tensors.
+    """Put a `FastAttention` in the place of every attention; the weights stay the same.
 
     sliced None: on a CPU in 16 bits, if `slices_win` there.
     """
@@ -180,17 +189,20 @@ def faster(network: nn.Module, sliced: bool | None = None) -> nn.Module:
 
 
 class TiledVAE(nn.Module):
-    """A VAE that sees one tile at a time, so that its memory does not grow with the picture.
+    """A VAE that sees one tile at a time, so that its memory does not grow with the
+    picture.
 
-    tile, overlap: in latents. A tile has its own GroupNorm and its own attention, so the answer is not quite that of
-    the whole; the overlap hides where one tile ends. A picture no larger than a tile comes out the same.
+    tile, overlap: in latents. A tile has its own GroupNorm and its own attention, so
+    the answer is not quite that of the whole; the overlap hides where one tile ends. A
+    picture no larger than a tile comes out the same.
     """
 
     def __init__(self, vae: VAE, tile: int = 64, overlap: int = 16):
         super().__init__()
         if not 0 < overlap <= tile // 2:
             raise ValueError(
-                f"tiles of {tile} cannot overlap by {overlap}: give an overlap from 1 to half of a tile"
+                f"tiles of {tile} cannot overlap by {overlap}: "
+                "give an overlap from 1 to half of a tile"
             )
         self.vae, self.config, self.tile, self.overlap = vae, vae.config, tile, overlap
         self.factor = 2 ** (len(vae.config.channels) - 1)
@@ -221,24 +233,26 @@ class TiledVAE(nn.Module):
 
 
 def compiled(network: nn.Module, whole: bool = True) -> nn.Module:
-    """Let PyTorch write programs for a U-Net when it first runs, small operations joined; in place.
+    """Let PyTorch write programs for a U-Net when it first runs; in place.
 
-    whole: one program for all of it; else one for each block. It takes minutes, and again for each new size of the
-    latents. Raises ValueError where a CPU's compiler is missing.
+    Small operations are joined in them.
+
+    whole: one program for all of it; else one for each block. It takes minutes, and
+    again for each new size of the latents. Raises ValueError where a CPU's compiler is
+    missing.
     """
     on_cpu = next(network.parameters()).device.type == "cpu"
     if on_cpu and not any(map(shutil.which, ("g++", "clang++", "cl"))):
         raise ValueError(
-            "compiling for a CPU wants a C++ compiler, and none is there: install g++, or do not compile"
+            "compiling for a CPU wants a C++ compiler, and none is there: "
+            "install g++, or do not compile"
         )
-    torch._dynamo.config.recompile_limit = (
-        64  # the blocks have one code, and many sizes
-    )
+    # the blocks have one code, and many sizes
+    torch._dynamo.config.recompile_limit = 64
     for part in network.modules():
         if isinstance(part, FastAttention):
-            part.words = (
-                part.keys_and_values
-            )  # what is remembered would change from picture to picture
+            # what is remembered would change from picture to picture
+            part.words = part.keys_and_values
     blocks = [
         part
         for part in network.modules()

@@ -22,7 +22,9 @@ __all__ = [
 
 
 class DiagonalGaussian:
-    """A normal distribution for every latent number, made from moments (B, 2C, h, w) = [mean, logvar].
+    """A normal distribution for every latent number.
+
+    moments: (B, 2C, h, w), means and logarithms of variances.
 
     Kingma & Welling 2014, section 3 and appendix B.
     """
@@ -32,12 +34,15 @@ class DiagonalGaussian:
         self.logvar = logvar.clamp(-30.0, 20.0)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std * noise; the noise is drawn on the CPU, so a seed means the same on every device."""
+        """mean + std * noise.
+
+        The noise is drawn on the CPU, so a seed means the same on every device.
+        """
         noise = torch.randn(self.mean.shape, generator=generator).to(self.mean)
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:
-        """Kullback-Leibler divergence from the standard normal distribution, in nats for each picture: (B,)."""
+        """Kullback-Leibler divergence from the standard normal: (B,), in nats."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(
             dim=(1, 2, 3)
         )
@@ -47,16 +52,12 @@ class DiagonalGaussian:
 class VAEConfig:
     """The sizes of a VAE; the defaults are Stable Diffusion 1.5's."""
 
-    channels: tuple[int, ...] = (
-        128,
-        256,
-        512,
-        512,
-    )  # one entry a level; the picture is halved between levels
+    # one entry a level; the picture is halved between levels
+    channels: tuple[int, ...] = (128, 256, 512, 512)
     blocks: int = 2  # ResBlocks a level in the encoder; the decoder has one more
     latent_channels: int = 4
     groups: int = 32
-    scale: float = 0.18215  # 1 / std of the latents: what the U-Net sees has a standard deviation of one
+    scale: float = 0.18215  # 1 / std: what the U-Net sees has a spread of one
 
 
 class Level(nn.Module):
@@ -125,7 +126,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """latents (B, 4, H/8, W/8) -> image (B, 3, H, W); the encoder backwards, one ResBlock a level more."""
+    """latents (B, 4, H/8, W/8) -> image (B, 3, H, W).
+
+    The encoder backwards, with one ResBlock a level more.
+    """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -151,7 +155,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """image (B, 3, H, W) in [-1, 1] <-> latents (B, 4, H/8, W/8) with a standard deviation near one.
+    """image (B, 3, H, W) in [-1, 1] <-> latents (B, 4, H/8, W/8), std near one.
 
     Rombach et al. 2022, section 3.1 and appendix G.
     """
@@ -168,16 +172,20 @@ class VAE(nn.Module):
         )
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
-        """The distribution of the unscaled latents; `latents = scale * encode(image).sample()`."""
+        """The distribution of the unscaled latents: `latents = scale *
+        encode(image).sample()`.
+        """
         factor = 2 ** (len(self.config.channels) - 1)
         channels, height, width = image.shape[-3:]
         if channels != 3:
             raise ValueError(
-                f"image has {channels} channels, but red, green and blue are wanted: convert it to RGB"
+                f"image has {channels} channels, but red, "
+                "green and blue are wanted: convert it to RGB"
             )
         if height % factor or width % factor:
             raise ValueError(
-                f"image is {width}x{height}: both must be multiples of {factor}, so crop or resize it"
+                f"image is {width}x{height}: both must be multiples of {factor}, "
+                "so crop or resize it"
             )
         return DiagonalGaussian(self.quant_conv(self.encoder(image)))
 

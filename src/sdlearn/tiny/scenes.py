@@ -1,7 +1,8 @@
-"""sentence <-> picture: an endless, captioned data set of emoji scenes. Chapter 04, book/04_scenes.ipynb.
+"""sentence <-> picture: an endless, captioned data set of emoji scenes. Chapter 04.
 Exported from book/04_scenes.ipynb by `make export`; edit it there.
 
-Drawings: OpenMoji (CC BY-SA 4.0). "All emojis designed by OpenMoji - the open-source emoji and icon project."
+Drawings: OpenMoji (CC BY-SA 4.0). "All emojis designed by OpenMoji - the open-source
+emoji and icon project."
 """
 
 import io
@@ -87,8 +88,9 @@ RECOLOURED = {  # name: (emoji, the fills to replace: light, then dark)
 }
 OWN_COLOURS = {
     name: name
-    for name in """lemon pear strawberry pineapple carrot fox lion frog penguin owl octopus turtle snail cactus
-    sunflower castle bicycle airplane sailboat sun rainbow fire snowman pizza hamburger doughnut""".split()
+    for name in """lemon pear strawberry pineapple carrot fox lion frog penguin owl
+    octopus turtle snail cactus sunflower castle bicycle airplane sailboat sun rainbow
+    fire snowman pizza hamburger doughnut""".split()
 } | {
     "dog": "dog_face",
     "cat": "cat_face",
@@ -121,11 +123,9 @@ HELD_OUT_COLOURS = frozenset(
 HELD_OUT_PAIRS = frozenset(
     pair for i, pair in enumerate(combinations(OBJECTS, 2)) if i % 8 == 3
 )
-NOWHERE = (
-    "octopus",
-    "umbrella",
-)  # kept out of every split: chapter 15 teaches it to the model
-SPLITS = ("train", "colour", "pair")
+# kept out of every split: chapter 15 teaches it to the model
+NOWHERE = "octopus", "umbrella"
+SPLITS = "train", "colour", "pair"
 RELATIONS = {
     "to the left of": "to the right of",
     "to the right of": "to the left of",
@@ -156,24 +156,27 @@ def drawing_svg(name: str, colour: str | None) -> str:
     character = emoji.emojize(f":{emoji_name}:").rstrip("\ufe0f")
     svg = (get_openmoji_svg_data() / f"{ord(character):X}.svg").read_text("utf-8")
     for fill, new in zip(fills, COLOURS[colour] if colour else (), strict=False):
-        svg = re.sub(
-            fill, new.upper(), svg, flags=re.IGNORECASE
-        )  # upper case: a new colour is never replaced twice
+        # upper case: a new colour is never replaced twice
+        svg = re.sub(fill, new.upper(), svg, flags=re.IGNORECASE)
     scale = 8
     ink = rasterise(svg, 72 * scale)[..., 3].nonzero()
-    top, left, bottom, right = (
-        ink[0].min(),
-        ink[1].min(),
-        ink[0].max() + 1,
-        ink[1].max() + 1,
+    top = ink[0].min()
+    left = ink[1].min()
+    bottom = ink[0].max() + 1
+    right = ink[1].max() + 1
+    box = (
+        f"{left / scale} {top / scale} {(right - left) / scale} "
+        f"{(bottom - top) / scale}"
     )
-    box = f"{left / scale} {top / scale} {(right - left) / scale} {(bottom - top) / scale}"
     return re.sub(r'viewBox="[^"]*"', f'viewBox="{box}"', svg, count=1)
 
 
 @lru_cache(maxsize=8192)
 def sprite(name: str, colour: str | None, size: int) -> np.ndarray:
-    """A drawing whose longest side is `size` pixels: (h, w, 4) uint8 RGBA, straight alpha."""
+    """A drawing `size` pixels along its longer side: (h, w, 4) uint8 RGBA.
+
+    The alpha is straight, not multiplied into the colours.
+    """
     svg = drawing_svg(name, colour)
     width, height = map(
         float, re.search(r'viewBox="\S+ \S+ (\S+) (\S+)"', svg).groups()
@@ -184,7 +187,7 @@ def sprite(name: str, colour: str | None, size: int) -> np.ndarray:
 
 
 def paste(picture: np.ndarray, drawing: np.ndarray, left: int, top: int) -> None:
-    """Lay a drawing (h, w, 4) over a picture (H, W, 3), in place; what sticks out is cut off."""
+    """Lay a drawing (h, w, 4) over a picture (H, W, 3), in place, cut at its edge."""
     x0, y0 = max(left, 0), max(top, 0)
     under = picture[y0 : top + drawing.shape[0], x0 : left + drawing.shape[1]]
     over = drawing[y0 - top :, x0 - left :][: under.shape[0], : under.shape[1]]
@@ -198,7 +201,10 @@ def with_article(words: str) -> str:
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawing in a scene: its centre (x, y) and its longest side in pixels; colour None: its own colours."""
+    """One drawing in a scene: its centre (x, y) and its longer side, in pixels.
+
+    colour None: its own colours.
+    """
 
     name: str
     colour: str | None
@@ -226,7 +232,9 @@ class Scene:
     background: str
 
     def relation(self) -> str | None:
-        """How the first thing lies to the second: a key of RELATIONS, or None for a scene of one thing."""
+        """How the first thing lies to the second: a key of RELATIONS; None for one
+        thing.
+        """
         if len(self.things) < 2:
             return None
         a, b = self.things
@@ -271,14 +279,20 @@ class Scene:
         )
 
     def caption(self, rng: random.Random) -> str:
-        """One of the true captions: either thing first, a quarter of the pairs "and", 15% without the background."""
+        """One of the true captions.
+
+        Either thing comes first, a quarter of the pairs say "and", 15% no background.
+        """
         scene = self.turned() if len(self.things) == 2 and rng.random() < 0.5 else self
         relation = "and" if len(self.things) == 2 and rng.random() < 0.25 else None
         return scene.sentence(relation, background=rng.random() >= 0.15)
 
 
 def split_of(scene: Scene) -> str | None:
-    """The split that a scene may appear in: "train", "colour", "pair" (both held out), or None (kept out of all)."""
+    """The split that a scene may appear in: "train", "colour", "pair", or None.
+
+    "colour" and "pair" are held out; None is kept out of all.
+    """
     names = tuple(sorted(thing.name for thing in scene.things))
     colour = any(
         (thing.name, thing.colour) in HELD_OUT_COLOURS for thing in scene.things
@@ -323,15 +337,17 @@ def place(
 def random_scene(
     rng: random.Random, split: str = "train", things: int | None = None
 ) -> Scene:
-    """Draw a scene of a split: "train", or "colour" and "pair", which hold the combinations that training never sees.
+    """Draw a scene of a split: "train", or "colour" or "pair", never trained on.
 
-    `things` fixes the number of things; by default 40% of scenes have one and 60% have two.
+    `things` fixes the number of things; by default 40% of scenes have one and 60% have
+    two.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}")
     if split == "pair" and things == 1:
         raise ValueError(
-            "a scene of the split 'pair' holds two things: give things=2, or another split"
+            "a scene of the split 'pair' holds two things: give things=2, "
+            "or another split"
         )
     while True:
         count = things or (1 if rng.random() < 0.4 and split != "pair" else 2)
@@ -372,12 +388,16 @@ CAPTION = re.compile(
 
 
 def parse(caption: str, rng: random.Random | None = None) -> Scene:
-    """A sentence -> a scene that it describes truly; what it leaves open is drawn from `rng` (default: seed 0)."""
+    """A sentence -> a scene that it describes truly.
+
+    What it leaves open is drawn from `rng` (default: seed 0).
+    """
     rng = rng or random.Random(0)
     match = CAPTION.fullmatch(" ".join(caption.lower().split()))
     if not match:
         raise ValueError(
-            f"cannot read {caption!r} as a scene: write for example 'a red apple above a cat on a blue background'"
+            f"cannot read {caption!r} as a scene: "
+            "write for example 'a red apple above a cat on a blue background'"
         )
     things = []
     for i in range(2 if match["relation"] else 1):

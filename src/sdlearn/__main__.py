@@ -1,8 +1,17 @@
-"""`python -m sdlearn` is the command `sdlearn`."""
+"""python -m sdlearn is the command sdlearn."""
 
 import sys
 
-from sdlearn.cli import main
+
+def run() -> int:
+    """The command, whose first seconds go into imports: Ctrl-C ends these, too."""
+    try:
+        from sdlearn.cli import main
+
+        return main()
+    except KeyboardInterrupt:
+        return 130
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

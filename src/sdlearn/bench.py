@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from sdlearn.clip import CLIPTextConfig, CLIPTextEncoder
 from sdlearn.pipeline import StableDiffusion, pick_device
-from sdlearn.saving import save_pipeline, save_single_file
 from sdlearn.schedule import Schedule
-from sdlearn.speed import compiled as compile_unet
+from sdlearn.speed import compile_unet, speed_up
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
-from sdlearn.weights import empty
+from sdlearn.weights import Parts, empty, save
 
 PARTS = ("unet", "vae", "text", "load", "tiles", "tiny")
 FULL = (CLIPTextConfig(), VAEConfig(), UNetConfig())
@@ -38,7 +37,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROMPT = "a red apple on a blue background"
 OURS = """
 from sdlearn.pipeline import StableDiffusion
-sd = StableDiffusion.load({path!r}, {device!r}, torch.{dtype}, fast=True)
+from sdlearn.speed import speed_up
+sd = StableDiffusion.load({path!r}, {device!r}, torch.{dtype})
+speed_up(sd, fast=True)
 next(sd.steps({prompt!r}, steps=2, sampler="ddim", seed=0, width={size}, height={size}))
 """
 THEIRS = """
@@ -155,9 +156,10 @@ def write_models(folder: Path, sizes: tuple, dtype: torch.dtype, size: int) -> P
         random_model(m, c, dtype)
         for m, c in zip((CLIPTextEncoder, VAE, UNet), sizes, strict=True)
     )
-    parts = Tokenizer.clip(), text, vae, unet, Schedule()
-    save_pipeline(folder, *parts, dtype=dtype, size=size)
-    save_single_file(folder / "model.safetensors", *parts[1:4], dtype=torch.float32)
+    networks = {"tokenizer": Tokenizer.clip(), "text_encoder": text}
+    parts = Parts(networks | {"vae": vae, "unet": unet}, Schedule(), size=(size, size))
+    save(folder, parts, dtype)
+    save(folder / "model.safetensors", parts, torch.float32)
     return folder / "model.safetensors"
 
 
@@ -177,7 +179,7 @@ def networks(
 
     disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    sd = StableDiffusion.load(folder, device, dtype, fast=True)
+    sd = speed_up(StableDiffusion.load(folder, device, dtype), fast=True)
     pipe = StableDiffusionPipeline.from_pretrained(
         folder, dtype=dtype, safety_checker=None
     ).to(device)

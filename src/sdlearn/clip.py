@@ -41,9 +41,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 class CLIPLayer(nn.Module):
-    """A pre-LayerNorm transformer layer: attention, two linear layers, ways around
-    both.
-    """
+    """A pre-LayerNorm layer: attention and two linear layers, ways around both."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from sdlearn.clip import CLIPImageConfig, CLIPTextConfig
-from sdlearn.schedule import Schedule
+from sdlearn.prediction import PREDICTIONS, Prediction
+from sdlearn.schedule import Schedule, linear, scaled_linear
 from sdlearn.unet import UNetConfig
 from sdlearn.vae import VAEConfig
 
@@ -30,7 +31,7 @@ __all__ = [
     "text_to_json",
     "clip_from_json",
     "clip_to_json",
-    "SCHEDULE_KEYS",
+    "BETAS",
     "schedule_from_json",
     "schedule_to_json",
 ]
@@ -359,38 +360,31 @@ def clip_to_json(text: CLIPTextConfig, image: CLIPImageConfig, projection: int) 
     } | towers
 
 
-SCHEDULE_KEYS = {
-    "steps": "num_train_timesteps",
-    "beta_start": "beta_start",
-    "beta_end": "beta_end",
-    "kind": "beta_schedule",
-    "prediction": "prediction_type",
-    "spacing": "timestep_spacing",
-    "offset": "steps_offset",
-}
+BETAS = {"scaled_linear": scaled_linear, "linear": linear}
 
 
-def schedule_from_json(content: dict) -> Schedule:
-    """`scheduler/scheduler_config.json` -> ours. The sampler that it names is not taken over: one chooses it anew."""
+def schedule_from_json(content: dict) -> tuple[Schedule, Prediction]:
+    """`scheduler/scheduler_config.json` -> ours."""
     refuse_others(content, SCHEDULE_ALWAYS, "scheduler")
-    found = {
-        ours: content[theirs]
-        for ours, theirs in SCHEDULE_KEYS.items()
-        if theirs in content
-    }
-    absent = {
-        "beta_start": 0.0001,
-        "beta_end": 0.02,
-        "kind": "linear",
-        "offset": 0,
-    }  # what diffusers then takes
-    try:
-        return Schedule(**(absent | found))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"scheduler config: {error}") from None
+    betas = BETAS[content.get("beta_schedule", "linear")](
+        content.get("num_train_timesteps", 1000),
+        content.get("beta_start", 0.0001),
+        content.get("beta_end", 0.02),
+    )
+    spacing = content.get("timestep_spacing", "leading")
+    schedule = Schedule(betas, spacing, content.get("steps_offset", 0))
+    return schedule, PREDICTIONS[content.get("prediction_type", "epsilon")]
 
 
-def schedule_to_json(schedule: Schedule) -> dict:
-    """Ours -> `scheduler/scheduler_config.json`. DDIM is named as the sampler to start with: it needs few steps."""
-    values = {theirs: getattr(schedule, ours) for ours, theirs in SCHEDULE_KEYS.items()}
-    return {"_class_name": "DDIMScheduler"} | values | SCHEDULE_ALWAYS
+def schedule_to_json(schedule: Schedule, prediction: Prediction) -> dict:
+    """Ours -> `scheduler/scheduler_config.json`."""
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": schedule.steps,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": prediction.name,
+        "timestep_spacing": schedule.spacing,
+        "steps_offset": schedule.offset,
+    } | SCHEDULE_ALWAYS

@@ -8,38 +8,59 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["guide", "rescale", "Guided"]
+__all__ = ["Conditioning", "guide", "rescale", "check_negative", "Guided", "spread"]
+
+Conditioning = dict[str, Tensor]  # a network's keyword arguments, such as context=
 
 
 def guide(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: u + s (c - u); s is 1 + w of the paper (Ho & Salimans 2022, eq. 6)."""
+    """Classifier-free guidance: u + s (c - u); s is 1 + w of Ho & Salimans 2022, eq. 6."""
     return uncond + scale * (cond - uncond)
 
 
 def rescale(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
-    """Gives each guided prediction its conditional one's standard deviation, mixed in by phi (Lin et al. 2023, 3.4)."""
+    """Gives each guided prediction the standard deviation of its conditional one, mixed
+    in by phi (Lin et al. 2023, section 3.4)."""
     dims = tuple(range(1, guided.ndim))
     matched = guided * (cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
     return phi * matched + (1 - phi) * guided
 
 
-class Guided:
-    """A U-Net with its prompt: (xt, t) -> eps, guided from the negative context towards the context.
+def check_negative(cond: Conditioning, uncond: Conditioning, batch: int) -> None:
+    """Do both name the same arguments, in shapes that fit?"""
+    for name in sorted(cond.keys() | uncond.keys()):
+        if name not in cond or name not in uncond:
+            raise ValueError(
+                f"{name} is on one side of guidance only: encode prompts and negative "
+                "prompts alike"
+            )
+        a, b = cond[name].shape, uncond[name].shape
+        if a[1:] != b[1:] or b[0] not in (1, batch):
+            raise ValueError(
+                f"negative {name} is {tuple(b)} but {name} is {tuple(a)}; encode both "
+                "with the same text encoder, one negative in all or one for each prompt"
+            )
 
-    unet: any callable (latents (B,C,H,W), t (B,), context (B,S,D)) -> prediction (B,C,H,W).
-    context, negative: (B,S,D); a negative of batch 1 serves the whole batch. Both halves run as one batch of 2B.
-    A scale up to 1 switches guidance off: the network then runs on the conditional half only and needs no negative.
-    times: guidance works at times from the first to below the second only. two_passes: one half after the other.
+
+class Guided:
+    """A network with its conditioning: (xt, t) -> output, guided away from `uncond`.
+
+    network: any callable (xt (B,C,H,W), t (B,), **conditioning) -> output (B,C,H,W).
+    cond, uncond: its keyword arguments, each (B,...); an uncond of batch 1 serves all.
+    Both halves run as one batch of 2B. A scale up to 1 switches guidance off: the
+    network then runs on the conditional half only and needs no uncond.
+    times: guidance works at times from the first to below the second only.
+    two_passes: one half after the other.
     """
 
     def __init__(
         self,
-        unet: Callable,
-        context: Tensor,
-        negative: Tensor | None,
+        network: Callable[..., Tensor],
+        cond: Conditioning,
+        uncond: Conditioning | None = None,
         scale: float = 7.5,
         rescale: float = 0.0,
-        times: tuple[int, int] = (0, 1000),
+        times: tuple[float, float] = (0, 1000),
         two_passes: bool = False,
     ):
         if not math.isfinite(scale) or scale < 0:
@@ -50,62 +71,48 @@ class Guided:
             raise ValueError(
                 f"guidance rescale is {rescale}; give a number from 0 (off) to 1 (full)"
             )
-        if (
-            not isinstance(times, tuple | list)
-            or len(times) != 2
-            or not 0 <= times[0] < times[1]
-        ):
+        if len(times) != 2 or not 0 <= times[0] < times[1]:
             raise ValueError(
-                f"guidance times are {times}; give two, the lower first, such as (0, 1000) for all"
+                f"guidance times are {times}; "
+                "give two, the lower first, such as (0, 1000) for all"
             )
-        self.unet, self.scale, self.phi, self.batch = unet, scale, rescale, len(context)
-        self.context, self.times, self.contexts = context, times, ()
+        self.network, self.cond, self.scale, self.phi = network, cond, scale, rescale
+        self.batch, self.times = len(next(iter(cond.values()))), times
+        self.passes: list[Conditioning] = []
         if scale > 1:
-            if negative is None:
+            if uncond is None:
                 raise ValueError(
-                    f"guidance scale {scale} needs a negative context; encode the empty prompt for it"
+                    f"guidance scale {scale} needs a negative context; "
+                    "encode the empty prompt for it"
                 )
-            if negative.shape[1:] != context.shape[1:] or len(negative) not in (
-                1,
-                len(context),
-            ):
-                raise ValueError(
-                    f"negative context is {tuple(negative.shape)} but context is {tuple(context.shape)}; "
-                    "encode both with the same text encoder, one negative in all or one for each prompt"
-                )
-            negative = negative.expand_as(context)
-            self.contexts = (
-                (negative, context) if two_passes else (torch.cat([negative, context]),)
-            )
+            check_negative(cond, uncond, self.batch)
+            uncond = {name: x.expand_as(cond[name]) for name, x in uncond.items()}
+            both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
+            self.passes = [uncond, cond] if two_passes else [both]
 
-    def __call__(self, xt: Tensor, t: int | Tensor) -> Tensor:
+    def __call__(self, xt: Tensor, t: float | Tensor) -> Tensor:
         if len(xt) != self.batch:
             raise ValueError(
-                f"{len(xt)} latents but {self.batch} contexts; give one context for each picture"
+                f"{len(xt)} latents but {self.batch} contexts; "
+                "give one context for each picture"
             )
-        if self.scale <= 1 or not self._works_at(t):
-            return self.unet(xt, self._times(t, xt), self.context)
-        latents = torch.cat(
-            [xt] * (2 // len(self.contexts))
-        )  # both halves in one batch, or one of them at a time
-        answers = [
-            self.unet(latents, self._times(t, latents), context)
-            for context in self.contexts
-        ]
+        if not self.passes or not self.works_at(t):
+            return self.network(xt, spread(t, xt), **self.cond)
+        x = torch.cat([xt] * (2 // len(self.passes)))  # both halves, or one at a time
+        answers = [self.network(x, spread(t, x), **some) for some in self.passes]
         uncond, cond = torch.cat(answers).chunk(2)
         guided = guide(uncond, cond, self.scale)
         return rescale(guided, cond, self.phi) if self.phi else guided
 
-    def _works_at(self, t: int | Tensor) -> bool:
-        """Is t among the times of guidance? Asked of a tensor only where it matters, since that makes a GPU wait."""
-        return (
-            self.times == (0, 1000)
-            or self.times[0] <= float(torch.as_tensor(t).max()) < self.times[1]
-        )
+    def works_at(self, t: float | Tensor) -> bool:
+        """Is t among the times of guidance? A tensor is asked only where it matters, since
+        that makes a GPU wait."""
+        if self.times == (0, 1000):
+            return True
+        return self.times[0] <= float(torch.as_tensor(t).max()) < self.times[1]
 
-    def _times(self, t: int | Tensor, latents: Tensor) -> Tensor:
-        """One time for each latent, (B,)."""
-        t = torch.as_tensor(t, device=latents.device)
-        return (
-            t.expand(len(latents)) if t.ndim == 0 else t.repeat(len(latents) // len(t))
-        )
+
+def spread(t: float | Tensor, xt: Tensor) -> Tensor:
+    """One time for each of the latents, (B,)."""
+    t = torch.as_tensor(t, device=xt.device)
+    return t.expand(len(xt)) if t.ndim == 0 else t.repeat(len(xt) // len(t))

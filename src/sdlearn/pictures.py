@@ -8,96 +8,137 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from sdlearn.weights import write_files
+from sdlearn.disk import check_plain, write_files
 
 __all__ = [
+    "FORMATS",
     "LARGEST_INPUT",
+    "LARGEST_FILE",
     "check_input_size",
     "open_image",
+    "upright",
+    "eight_bits",
     "to_tensor",
     "to_image",
     "describe",
     "save_png",
+    "PAIR",
     "read_parameters",
+    "unquoted",
 ]
+
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")
+
 
 LARGEST_INPUT = 16384  # pixels a side of a picture that we are given
 
 
+LARGEST_FILE = 2**30  # bytes
+
+
 def check_input_size(image: Image.Image) -> None:
     """Refuse what would fill the memory, before it is unpacked."""
-    if max(image.size) > LARGEST_INPUT:
+    if max(image.size) > LARGEST_INPUT or min(image.size) < 1:
         size = "x".join(map(str, image.size))
         raise ValueError(
-            f"the picture is {size} pixels; at most {LARGEST_INPUT} a side are read, so make it smaller"
+            f"the picture is {size} pixels; 1 to {LARGEST_INPUT} a side are read: "
+            "make it smaller"
         )
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """A picture file, read to its end; every way to fail is one sentence."""
+    """A picture file, read to its end, upright; every way to fail is one sentence.
+
+    Only formats that are plain data: others would start a program (EPS).
+    """
+    if not Path(path).exists():
+        raise ValueError(f"there is no picture at {path}")
+    check_plain(path, LARGEST_FILE)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             check_input_size(image)
             image.load()
-            return image
-    except FileNotFoundError:
-        raise ValueError(f"there is no picture at {path}") from None
-    except UnidentifiedImageError:
+            return upright(image)
+    except Exception as error:  # foreign bytes fail in many ways
+        if isinstance(error, MemoryError):
+            raise
+        why = str(error) if "cannot identify" not in str(error) else "another format"
         raise ValueError(
-            f"{path} is not a picture that can be read: give a PNG or a JPEG, say"
+            f"{path} cannot be read as a picture ({why}): give a PNG or a JPEG, say"
         ) from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data say; what says nothing sensible is left as it lies."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data
+        return image
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Grey in more than 8 bits -> L or LA; how bright is white follows from the mode."""
+    if image.mode == "F":
+        grey = np.asarray(image)
+        if not np.isfinite(grey).all() or grey.min() < 0 or grey.max() > 1:
+            raise ValueError(
+                "the picture holds floating-point numbers beyond 0 (black) to 1 "
+                "(white): scale them first"
+            )
+        return Image.fromarray((255 * grey).round().astype(np.uint8))
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    grey = np.asarray(image).astype(np.int64)
+    light = Image.fromarray((grey.clip(0, 65535) / 257).round().astype(np.uint8))
+    hidden = image.info.get("transparency")
+    if isinstance(hidden, int):
+        light.putalpha(
+            Image.fromarray(np.where(grey == hidden, 0, 255).astype(np.uint8))
+        )
+    return light
 
 
 def to_tensor(image: Image.Image, width: int, height: int) -> Tensor:
-    """A picture of any kind -> (1, 3, height, width) in [-1, 1]: upright, on white, scaled, cropped at its centre."""
+    """A picture of any kind -> (1, 3, height, width) in [-1, 1]: upright, on white,
+    scaled, cropped at its centre."""
     check_input_size(image)
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith(
-        "I;16"
-    ):  # grey in more than 8 bits
-        grey = np.asarray(image, dtype=np.float32)
-        image = Image.fromarray(
-            (grey / (257 if grey.max() > 255 else 1)).clip(0, 255).astype(np.uint8)
-        )
+    image = eight_bits(upright(image))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(
-        image.convert("RGB"), (width, height), Image.Resampling.LANCZOS
-    )
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    lanczos = Image.Resampling.LANCZOS
+    image = ImageOps.fit(image.convert("RGB"), (width, height), lanczos)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    return pixels.float() / 127.5 - 1
 
 
 def to_image(image: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> a picture."""
     if not image.isfinite().all():
         raise ValueError(
-            "the picture came out as not-a-number, an overflow of 16 bits: load with dtype=torch.float32"
+            "the picture came out as not-a-number, an overflow of 16 bits: "
+            "load with dtype=torch.float32"
         )
-    pixels = (
-        (image.float() * 127.5 + 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
-    )
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    pixels = (image.float() * 127.5 + 127.5).round().clamp(0, 255)
+    return Image.fromarray(pixels.to("cpu", torch.uint8).permute(1, 2, 0).numpy())
 
 
-def describe(prompt: str, negative_prompt: str = "", **settings: object) -> str:
-    """The text that SD tools keep in a PNG under "parameters": prompt, negative prompt, `Name: value` pairs.
-
-    An underscore in a name stands for a space: CFG_scale=7.5.
-    """
+def describe(
+    prompt: str, negative_prompt: str = "", settings: dict[str, object] | None = None
+) -> str:
+    """The text that SD programs keep in a PNG under "parameters": prompt, negative
+    prompt, and a last line of `Name: value` pairs."""
     pairs = []
-    for name, value in settings.items():
+    for name, value in (settings or {}).items():
         text = str(value)
-        text = (
-            json.dumps(text, ensure_ascii=False) if set(text) & set(',:"\n') else text
+        special = set(text) & set(',:"\n')
+        pairs.append(
+            f"{name}: {json.dumps(text, ensure_ascii=False) if special else text}"
         )
-        pairs.append(f"{name.replace('_', ' ')}: {text}")
     negative = [f"Negative prompt: {negative_prompt}"] if negative_prompt else []
     return "\n".join([prompt, *negative, ", ".join(pairs)])
 
@@ -110,16 +151,33 @@ def save_png(image: Image.Image, path: str | Path, parameters: str = "") -> None
     write_files({Path(path): lambda part: image.save(part, "PNG", pnginfo=info)})
 
 
+PAIR = re.compile(r'\s*([\w ][\w /+-]*): ("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+
+
 def read_parameters(path: str | Path) -> dict[str, str]:
-    """The settings inside a PNG, as {"prompt": ..., "negative_prompt": ..., "Steps": ...}; {} if there are none."""
+    """The settings inside a PNG, ours or another program's, as {"prompt": ...,
+    "negative_prompt": ..., "Steps": ...}; {} if there are none.
+
+    As in A1111, the last line holds settings only if it has three pairs or more.
+    """
     text = open_image(path).info.get("parameters", "")
-    *lines, settings = text.split("\n")
+    if not isinstance(text, str) or not text:
+        return {}
+    lines = text.split("\n")
+    pairs = PAIR.findall(lines[-1])
+    if len(pairs) < 3:
+        pairs = []
+    else:
+        lines.pop()
     prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")
-    found = {"prompt": prompt, "negative_prompt": negative}
-    for match in re.finditer(
-        r'([\w ][\w /-]*): ("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)', settings
-    ):
-        found[match[1].strip()] = (
-            json.loads(match[2]) if match[2].startswith('"') else match[2]
-        )
-    return found if text else {}
+    said = {name.strip(): unquoted(value) for name, value in pairs}
+    return said | {"prompt": prompt, "negative_prompt": negative}
+
+
+def unquoted(value: str) -> str:
+    """A quoted value as JSON means it, or as it stands."""
+    try:
+        text = json.loads(value) if value.startswith('"') else value
+    except ValueError:
+        text = value.strip('"')
+    return text if isinstance(text, str) else value

@@ -20,8 +20,8 @@ from sdlearn.names import (
     rename,
     unet_rules,
 )
+from sdlearn.prediction import Prediction
 from sdlearn.schedule import Schedule
-from sdlearn.tokenizer import Tokenizer
 from sdlearn.unet import UNet
 from sdlearn.vae import VAE
 
@@ -39,6 +39,7 @@ def config_writers(
     vae: VAE,
     unet: UNet,
     schedule: Schedule,
+    prediction: Prediction,
     size: int,
 ) -> dict[Path, Callable[[Path], object]]:
     """All JSON files of diffusers' layout, for `write_files`."""
@@ -64,26 +65,18 @@ def config_writers(
             unet_to_json(unet.config, size // factor)
         ),
         folder / "scheduler" / "scheduler_config.json": json_writer(
-            schedule_to_json(schedule)
+            schedule_to_json(schedule, prediction)
         ),
         folder / "model_index.json": json_writer(index),
     }
 
 
 def save_pipeline(
-    folder: str | Path,
-    tokenizer: Tokenizer,
-    text_encoder: CLIPTextEncoder,
-    vae: VAE,
-    unet: UNet,
-    schedule: Schedule,
-    dtype: torch.dtype | None = torch.float16,
-    size: int = 128,
+    folder: str | Path, parts: tuple, dtype: torch.dtype | None = torch.float16
 ) -> None:
-    """Write a model in diffusers' layout, so that its StableDiffusionPipeline.from_pretrained(folder) reads it.
-
-    size: the side, in pixels, of the pictures that it was trained on.
-    """
+    """Write a model in diffusers' layout."""
+    networks, schedule, prediction, size, _ = parts
+    tokenizer, text_encoder, vae, unet = networks.values()
     folder, rules = Path(folder), unet_rules(unet.config)
     weights = {
         "text_encoder/model": named(
@@ -98,7 +91,10 @@ def save_pipeline(
     }
     tokenizer.save(folder / "tokenizer")
     write_files(
-        writers | config_writers(folder, text_encoder, vae, unet, schedule, size)
+        writers
+        | config_writers(
+            folder, text_encoder, vae, unet, schedule, prediction, max(size)
+        )
     )
 
 

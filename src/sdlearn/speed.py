@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sdlearn.attention import Attention
 from sdlearn.blocks import ResBlock
+from sdlearn.pipeline import StableDiffusion
 from sdlearn.unet import SpatialTransformer
 from sdlearn.vae import VAE, DiagonalGaussian
 
@@ -27,7 +28,8 @@ __all__ = [
     "tiled",
     "faster",
     "TiledVAE",
-    "compiled",
+    "compile_unet",
+    "speed_up",
 ]
 
 LARGE = 2**20  # weights of one head, from which slices pay
@@ -75,11 +77,12 @@ def slices_win(dtype: torch.dtype, positions: int = 2048) -> bool:
 
 
 class FastAttention(Attention):
-    """`Attention` for drawing: in slices where that is faster, the words' part once.
+    """`Attention` for drawing: in slices where that is faster, and the words' keys and
+    values computed only once.
 
     It shares the weights of the attention that it replaces. A context is recognised by
-    being the same tensor; the keys and values of the last two are kept, since guidance
-    in two passes takes turns between two.
+    being the same tensor, as long as the weights are the same too; the keys and values
+    of the last two are kept, since guidance in two passes takes turns between two.
     """
 
     def __init__(self, attention: Attention, sliced: bool):
@@ -89,17 +92,17 @@ class FastAttention(Attention):
             setattr(self, name, part)
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split_heads(self.to_k(context)), self.split_heads(
-            self.to_v(context)
-        )
+        k, v = self.to_k(context), self.to_v(context)
+        return self.split_heads(k), self.split_heads(v)
 
     def words(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Its keys and values, computed at the first time."""
-        for known, *both in self.known:
-            if known is context:
+        weights = [(p.data_ptr(), p._version) for p in self.parameters()]
+        for known, then, *both in self.known:
+            if known is context and then == weights:
                 return tuple(both)
         both = self.keys_and_values(context)
-        self.known = [(context, *both), *self.known[:1]]
+        self.known = [(context, weights, *both), *self.known[:1]]
         return both
 
     def forward(
@@ -110,18 +113,12 @@ class FastAttention(Attention):
         q = self.split_heads(self.to_q(x))
         k, v = self.keys_and_values(x) if context is None else self.words(context)
         large = self.sliced and q.shape[2] * k.shape[2] >= LARGE
-        y = (
-            sliced_attention(q, k, v)
-            if large
-            else F.scaled_dot_product_attention(q, k, v)
-        )
-        return self.to_out(y.transpose(1, 2).flatten(2))
+        attend = sliced_attention if large else F.scaled_dot_product_attention
+        return self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 def places(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin so that neighbours share `overlap` and the last ends at
-    `length`.
-    """
+    """Where tiles begin that share `overlap`, the last of them ending at `length`."""
     if length <= tile:
         return [0]
     count = -(-(length - overlap) // (tile - overlap))
@@ -145,8 +142,7 @@ def tiled(
     overlap: int,
     scale: int,
 ) -> Tensor:
-    """What `work(rows, columns)` answers for overlapping windows, blended into one
-    answer.
+    """What `work(rows, columns)` answers for overlapping windows, blended.
 
     size: of the map, (h, w).
 
@@ -170,7 +166,8 @@ def tiled(
 
 
 def faster(network: nn.Module, sliced: bool | None = None) -> nn.Module:
-    """Put a `FastAttention` in the place of every attention; the weights stay the same.
+    """Put a `FastAttention` in the place of every attention, in place; the weights stay
+    the same tensors.
 
     sliced None: on a CPU in 16 bits, if `slices_win` there.
     """
@@ -179,67 +176,63 @@ def faster(network: nn.Module, sliced: bool | None = None) -> nn.Module:
             if type(part) is Attention:
                 weight = part.to_q.weight
                 if sliced is None:
-                    sliced = (
-                        weight.device.type == "cpu"
-                        and weight.dtype != torch.float32
-                        and slices_win(weight.dtype)
-                    )
+                    half = weight.dtype != torch.float32
+                    on_cpu = weight.device.type == "cpu"
+                    sliced = half and on_cpu and slices_win(weight.dtype)
                 setattr(module, name, FastAttention(part, sliced))
     return network
 
 
-class TiledVAE(nn.Module):
-    """A VAE that sees one tile at a time, so that its memory does not grow with the
-    picture.
+class TiledVAE(VAE):
+    """A VAE that sees one tile at a time: its memory does not grow with the picture.
 
-    tile, overlap: in latents. A tile has its own GroupNorm and its own attention, so
-    the answer is not quite that of the whole; the overlap hides where one tile ends. A
-    picture no larger than a tile comes out the same.
+    It shares the weights of the VAE that it replaces. tile, overlap: in latents. A tile
+    has its own GroupNorm and its own attention, so the answer is not quite that of the
+    whole; the overlap hides where one tile ends. A picture no larger than a tile comes
+    out the same.
     """
 
     def __init__(self, vae: VAE, tile: int = 64, overlap: int = 16):
-        super().__init__()
+        nn.Module.__init__(self)
         if not 0 < overlap <= tile // 2:
             raise ValueError(
                 f"tiles of {tile} cannot overlap by {overlap}: "
                 "give an overlap from 1 to half of a tile"
             )
-        self.vae, self.config, self.tile, self.overlap = vae, vae.config, tile, overlap
+        self.config, self.tile, self.overlap = vae.config, tile, overlap
         self.factor = 2 ** (len(vae.config.channels) - 1)
+        for name, part in vae.named_children():
+            setattr(self, name, part)
 
-    def encode(self, image: Tensor) -> DiagonalGaussian:
-        """As VAE.encode."""
+    def unscaled(self, image: Tensor) -> DiagonalGaussian:
+        """As VAE.unscaled."""
         f, (height, width) = self.factor, image.shape[-2:]
         if height % f or width % f or max(height, width) <= f * self.tile:
-            return self.vae.encode(image)  # it says what is wrong with a side
+            return super().unscaled(image)  # it says what is wrong with a side
 
         def moments(rows: slice, columns: slice) -> Tensor:
             window = (slice(f * x.start, f * x.stop) for x in (rows, columns))
-            return self.vae.quant_conv(self.vae.encoder(image[(..., *window)]))
+            return self.quant_conv(self.encoder(image[(..., *window)]))
 
-        return DiagonalGaussian(
-            tiled(moments, (height // f, width // f), self.tile, self.overlap, 1)
-        )
+        size = height // f, width // f
+        return DiagonalGaussian(tiled(moments, size, self.tile, self.overlap, 1))
 
     def decode(self, latents: Tensor) -> Tensor:
         """As VAE.decode."""
 
         def pixels(rows: slice, columns: slice) -> Tensor:
-            return self.vae.decode(latents[..., rows, columns])
+            return VAE.decode(self, latents[..., rows, columns])
 
-        return tiled(
-            pixels, tuple(latents.shape[-2:]), self.tile, self.overlap, self.factor
-        )
+        size = latents.shape[-2], latents.shape[-1]
+        return tiled(pixels, size, self.tile, self.overlap, self.factor)
 
 
-def compiled(network: nn.Module, whole: bool = True) -> nn.Module:
-    """Let PyTorch write programs for a U-Net when it first runs; in place.
+def compile_unet(network: nn.Module, whole: bool = True) -> nn.Module:
+    """Let PyTorch write programs for a U-Net when it first runs, in place.
 
-    Small operations are joined in them.
-
-    whole: one program for all of it; else one for each block. It takes minutes, and
-    again for each new size of the latents. Raises ValueError where a CPU's compiler is
-    missing.
+    Small operations are joined. whole: one program for all of it; else one for each
+    block. It takes minutes, and again for each new size of the latents. Raises
+    ValueError where a CPU's compiler is missing.
     """
     on_cpu = next(network.parameters()).device.type == "cpu"
     if on_cpu and not any(map(shutil.which, ("g++", "clang++", "cl"))):
@@ -247,12 +240,10 @@ def compiled(network: nn.Module, whole: bool = True) -> nn.Module:
             "compiling for a CPU wants a C++ compiler, and none is there: "
             "install g++, or do not compile"
         )
-    # the blocks have one code, and many sizes
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit = 64  # blocks have one code and many sizes
     for part in network.modules():
         if isinstance(part, FastAttention):
-            # what is remembered would change from picture to picture
-            part.words = part.keys_and_values
+            part.words = part.keys_and_values  # what is remembered changes
     blocks = [
         part
         for part in network.modules()
@@ -261,3 +252,18 @@ def compiled(network: nn.Module, whole: bool = True) -> nn.Module:
     for part in [network] if whole else blocks:
         part.compile(dynamic=False)
     return network
+
+
+def speed_up(
+    sd: StableDiffusion, fast: bool = False, tiled: bool = False, compiled: bool = False
+) -> StableDiffusion:
+    """Switch on, in place, what a finished model can do: attention in its fast form, a
+    VAE in tiles, a compiled U-Net."""
+    if fast:
+        for network in sd.networks().values():
+            faster(network)
+    if tiled:
+        sd.parts["vae"] = TiledVAE(sd.parts["vae"])
+    if compiled:
+        compile_unet(sd.parts["unet"])
+    return sd

@@ -2,6 +2,7 @@
 Exported from book/05_vae.ipynb by `make export`; edit it there.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,11 @@ class DiagonalGaussian:
         """
         noise = torch.randn(self.mean.shape, generator=generator).to(self.mean)
         return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def scaled(self, factor: float) -> "DiagonalGaussian":
+        """The distribution of `factor` times these numbers."""
+        logvar = self.logvar + 2 * math.log(factor)
+        return DiagonalGaussian(torch.cat([factor * self.mean, logvar], dim=1))
 
     def kl(self) -> Tensor:
         """Kullback-Leibler divergence from the standard normal: (B,), in nats."""
@@ -172,15 +178,17 @@ class VAE(nn.Module):
         )
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
-        """The distribution of the unscaled latents: `latents = scale *
-        encode(image).sample()`.
-        """
+        """The distribution of the latents; `decode` is its inverse."""
+        return self.unscaled(image).scaled(self.config.scale)
+
+    def unscaled(self, image: Tensor) -> DiagonalGaussian:
+        """The distribution of the latents before they are scaled, as training sees it."""
         factor = 2 ** (len(self.config.channels) - 1)
         channels, height, width = image.shape[-3:]
         if channels != 3:
             raise ValueError(
-                f"image has {channels} channels, but red, "
-                "green and blue are wanted: convert it to RGB"
+                f"image has {channels} channels, but red, green and blue are wanted: "
+                "convert it to RGB"
             )
         if height % factor or width % factor:
             raise ValueError(
@@ -190,5 +198,5 @@ class VAE(nn.Module):
         return DiagonalGaussian(self.quant_conv(self.encoder(image)))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents -> image in about [-1, 1]."""
+        """latents -> image in about [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents / self.config.scale))

@@ -4,7 +4,7 @@ Exported from book/11_weights.ipynb by `make export`; edit it there.
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,6 +35,7 @@ from sdlearn.names import (
     unet_rules,
     why_ignored,
 )
+from sdlearn.prediction import EPSILON, Prediction
 from sdlearn.saving import named, save_pipeline, save_single_file
 from sdlearn.schedule import Schedule
 from sdlearn.tokenizer import Tokenizer
@@ -170,14 +171,14 @@ def load_clip(
 
 
 class Parts(NamedTuple):
-    """What a Stable Diffusion is made of; size is the side, in pixels, of the pictures that it was trained on."""
+    """What a Stable Diffusion is made of; size is (height, width), in pixels, of the
+    pictures that it was trained on."""
 
-    tokenizer: Tokenizer
-    text_encoder: CLIPTextEncoder
-    vae: VAE
-    unet: UNet
+    networks: dict[str, Any]  # tokenizer, text_encoder, vae, unet
     schedule: Schedule
-    size: int = 512
+    prediction: Prediction = EPSILON
+    size: tuple[int, int] = (512, 512)
+    name: str = ""
 
 
 def load_folder(
@@ -193,7 +194,7 @@ def load_folder(
         raise ValueError(
             f"{folder} is a {kind}, but a StableDiffusionPipeline (SD 1) is wanted"
         )
-    schedule = schedule_from_json(
+    schedule, prediction = schedule_from_json(
         read_json(folder / "scheduler" / "scheduler_config.json")
     )
     unet = load_unet(folder, dtype, **how)
@@ -208,18 +209,16 @@ def load_folder(
         else load_other_vae(vae, own, dtype=dtype, **how)
     )
     side = read_json(folder / "unet" / "config.json").get("sample_size") or 64
-    size = 2 ** (len(decoder.config.channels) - 1) * (
-        side if isinstance(side, int) else max(side)
-    )
+    factor = 2 ** (len(decoder.config.channels) - 1)
+    size = tuple(factor * s for s in ((side, side) if isinstance(side, int) else side))
     text_encoder = load_text_encoder(folder, dtype, **how)
-    return Parts(
-        Tokenizer.load(folder / "tokenizer"),
-        text_encoder,
-        decoder,
-        unet,
-        schedule,
-        size,
-    )
+    networks = {
+        "tokenizer": Tokenizer.load(folder / "tokenizer"),
+        "text_encoder": text_encoder,
+        "vae": decoder,
+        "unet": unet,
+    }
+    return Parts(networks, schedule, prediction, size, folder.name)
 
 
 def load_other_vae(
@@ -293,7 +292,13 @@ def load_single_file(
         if other_vae is None
         else load_other_vae(other_vae, own, **how)
     )
-    return Parts(Tokenizer.clip(), words, decoder, net, Schedule())
+    networks = {
+        "tokenizer": Tokenizer.clip(),
+        "text_encoder": words,
+        "vae": decoder,
+        "unet": net,
+    }
+    return Parts(networks, Schedule(), name=path.stem)
 
 
 def averages(tensors: Tensors, path: Path) -> Tensors:
@@ -357,9 +362,10 @@ def save(
 ) -> None:
     """One file with CompVis' names if the path ends in .safetensors or .ckpt, else a folder in diffusers' layout."""
     if Path(path).suffix in (".safetensors", ".ckpt"):
-        save_single_file(path, parts.text_encoder, parts.vae, parts.unet, dtype)
+        _, text_encoder, vae, unet = parts.networks.values()
+        save_single_file(path, text_encoder, vae, unet, dtype)
     else:
-        save_pipeline(path, *parts[:5], dtype=dtype, size=parts.size)
+        save_pipeline(path, parts, dtype)
 
 
 def save_clip(

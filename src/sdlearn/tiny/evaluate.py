@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdlearn.pipeline import StableDiffusion
+from sdlearn.request import Request
 from sdlearn.schedule import add_noise
 from sdlearn.tiny.judge import Judge, load_judge, look, verdict
 from sdlearn.tiny.scenes import (
@@ -62,9 +63,7 @@ def remade(
         model.vae.encode(x.to(model.device, model.dtype)).mean
         for x in images.split(batch)
     )
-    back = torch.cat(
-        [model.vae.decode(model.vae.config.scale * x).float().cpu() for x in latents]
-    )
+    back = torch.cat([model.vae.decode(x).float().cpu() for x in latents])
     return images, (back.clamp(-1, 1) * 127.5).round() / 127.5
 
 
@@ -190,16 +189,14 @@ def attention_overlap(
     inside, area, points = [], [], []
     generator = torch.Generator().manual_seed(seed)
     for scene in fresh_scenes(count, seed):
-        x0 = (
-            model.vae.config.scale
-            * model.vae.encode(to_tensor(scene.render())[None].to(model.device)).mean
-        )
+        image = to_tensor(scene.render())[None].to(model.device, model.dtype)
+        x0 = model.vae.encode(image).mean
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         words = model.tokenizer.split(scene.sentence())
         context = model.text_encoder(model.tokenizer(scene.sentence()).to(model.device))
         with record_attention(model.unet) as record:
             model.unet(
-                add_noise(model.schedule, x0, noise, t),
+                add_noise(x0, noise, model.schedule.at(t)),
                 torch.tensor([t], device=x0.device),
                 context,
             )
@@ -208,7 +205,9 @@ def attention_overlap(
         )  # (S, h, w)
         for thing in scene.things:
             place = words.index(thing.name + "</w>") + 1  # after the start token
-            left, top, right, bottom = (round(edge / 8) for edge in thing.box)
+            left, top, right, bottom = (
+                round(edge / model.factor) for edge in thing.box
+            )
             mask = torch.zeros_like(maps[place])
             mask[max(top, 0) : bottom, max(left, 0) : right] = 1
             inside.append((maps[place] * mask).sum() / maps[place].sum())
@@ -254,23 +253,16 @@ def words_heard(
     No picture is drawn: the error of eps tells. Li et al. 2023 (arXiv:2303.16203) classify pictures in this way.
     """
     scenes, rng = fresh_scenes(count, seed, things=2), random.Random(seed)
-    x0 = (
-        model.vae.config.scale
-        * model.vae.encode(
-            torch.stack([to_tensor(scene.render()) for scene in scenes]).to(
-                model.device, model.dtype
-            )
-        ).mean.float()
-    )
+    images = torch.stack([to_tensor(scene.render()) for scene in scenes])
+    x0 = model.vae.encode(images.to(model.device, model.dtype)).mean.float()
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
-    xt, times = (
-        add_noise(model.schedule, x0, noise, t),
-        torch.full((count,), t, device=x0.device),
-    )
+    level, times = model.schedule.at(t), torch.full((count,), t, device=x0.device)
+    xt, unet = add_noise(x0, noise, level), model.network(Request(""))
 
     def error(sentences: Sequence[str]) -> Tensor:
-        answer = model.denoise(xt, times, model.encode_prompts(sentences))
-        return (answer - noise).square().mean(dim=(1, 2, 3))
+        answer = unet(xt, times, **model.encode(sentences))
+        eps = model.prediction.split(xt, answer, level)[1]
+        return (eps - noise).square().mean(dim=(1, 2, 3))
 
     true, wrong = (
         error([scene.sentence() for scene in scenes]),

@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig
 from sdlearn.pictures import to_image
-from sdlearn.saving import save_pipeline
 from sdlearn.schedule import Schedule
-from sdlearn.speed import compiled
+from sdlearn.speed import compile_unet
 from sdlearn.tiny.judge import Judge, JudgeTask, load_judge
 from sdlearn.tiny.scenes import SIZE
 from sdlearn.tiny.tasks import (
@@ -45,7 +44,15 @@ from sdlearn.training import (
 )
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
-from sdlearn.weights import load_clip, load_text_encoder, load_unet, load_vae, save_clip
+from sdlearn.weights import (
+    Parts,
+    load_clip,
+    load_text_encoder,
+    load_unet,
+    load_vae,
+    save,
+    save_clip,
+)
 
 SCHEDULE = Schedule()
 VAE_SIZES = VAEConfig(
@@ -178,15 +185,13 @@ MAKE: dict[str, Callable[[Path], Task]] = {
 def export(runs: Path, folder: Path) -> None:
     """Write what was trained, as a checkpoint that this package and diffusers load, with its judge and its history."""
     clip, unet = make_clip(runs), best_unet(runs)
-    save_pipeline(
-        folder,
-        clip.tokenizer,
-        unet.text_encoder,
-        best_vae(runs),
-        unet.unet,
-        SCHEDULE,
-        size=SIZE,
-    )
+    networks = {
+        "tokenizer": clip.tokenizer,
+        "text_encoder": unet.text_encoder,
+        "vae": best_vae(runs),
+        "unet": unet.unet,
+    }
+    save(folder, Parts(networks, SCHEDULE, unet.prediction, (SIZE, SIZE)))
     save_clip(folder, clip.clip)
     judge = {
         name: x.half().contiguous()
@@ -325,7 +330,7 @@ def main(args: argparse.Namespace) -> None:
 
 def compile_unet(task: DenoiseTask) -> None:
     """Compile the U-Net for training; previews, whose batches have another size, stay as they were."""
-    compiled(task.unet, whole=False)
+    compile_unet(task.unet, whole=False)
     preview = task.preview
 
     def as_before() -> Tensor:

@@ -232,9 +232,7 @@ class Scene:
     background: str
 
     def relation(self) -> str | None:
-        """How the first thing lies to the second: a key of RELATIONS; None for one
-        thing.
-        """
+        """How the first thing lies to the second: a key of RELATIONS, or None."""
         if len(self.things) < 2:
             return None
         a, b = self.things

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from sdlearn.attention import Attention
 from sdlearn.clip import CLIP, CLIPTextEncoder, contrastive_loss
-from sdlearn.ddpm import sample
 from sdlearn.guidance import Guided
-from sdlearn.schedule import Schedule, add_noise, training_target
+from sdlearn.prediction import EPSILON, Prediction
+from sdlearn.samplers import SAMPLERS, Denoiser, sample
+from sdlearn.schedule import Schedule, add_noise
 from sdlearn.tiny.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -77,16 +78,25 @@ def normal(rngs: Sequence[random.Random], *shape: int) -> Tensor:
     )
 
 
-def loss_weights(schedule: Schedule, most: float = 10.0, floor: float = 0.05) -> Tensor:
-    """How much the squared error of eps counts at each t: (steps,), mean 1.
+def loss_weights(
+    schedule: Schedule,
+    prediction: Prediction = EPSILON,
+    most: float = 10.0,
+    floor: float = 0.05,
+) -> Tensor:
+    """How much the squared error of the answer counts at each t: (steps,), mean 1.
 
     Plain eps-loss hardly counts a wrong x0 where noise is strong, and that is where the
-    words decide what goes where. The weight (min(snr, most) + 1) / (snr + floor)
-    follows Hang et al. 2023 (section 3.4) at low noise, and v-prediction at high noise.
+    words decide what goes where.
+    The weight of eps, (min(snr, most) + 1) / (snr + floor), follows Hang et al. 2023
+    (section 3.4) at low noise, and v-prediction at high noise. Another answer's error
+    is first turned into that of eps.
     """
-    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
-    weights = (snr.clamp(max=most) + 1) / (snr + floor)
-    return weights / weights.mean()
+    level = schedule.at(torch.arange(schedule.steps))
+    snr, one = level.ratio**-2, torch.ones_like(level.alpha)
+    in_eps = prediction.split(0 * one, one, level)[1]  # an answer off by one, in eps
+    weights = in_eps**2 * (snr.clamp(max=most) + 1) / (snr + floor)
+    return (weights / weights.mean()).flatten()
 
 
 class VAETask(Task):
@@ -118,7 +128,7 @@ class VAETask(Task):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         image = batch["image"].contiguous(memory_format=torch.channels_last)
-        latents = self.vae.encode(image)
+        latents = self.vae.unscaled(image)
         drawn = self.vae.config.scale * self.drawn(latents, batch["noise"])
         error = self.vae.decode(drawn).float() - image
         # nats for each latent number
@@ -293,8 +303,7 @@ def layout(scene: Scene) -> Tensor:
 
 
 class Places(nn.Module):
-    """context (B, S, D) -> logits of object and colour at each place, of the
-    background.
+    """context (B, S, D) -> logits of objects, colours and the background.
 
     Those of the places are (B, 16, classes).
     """
@@ -385,7 +394,7 @@ def encode_scenes(vae: VAE, numbers: range, batch: int = 32) -> Tensor:
         for chunk in chunks
     )
     return torch.cat(
-        [vae.encode(x.to(device)).mean.float().cpu() for x in pictures]
+        [vae.unscaled(x.to(device)).mean.float().cpu() for x in pictures]
     ).half()
 
 
@@ -432,13 +441,14 @@ class DenoiseTask(Task):
         offset: float = 0.1,
         joint: bool = False,
         vae: VAE | None = None,
+        prediction: Prediction = EPSILON,
     ):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder.requires_grad_(joint)
         self.vae = vae.requires_grad_(False) if vae else None  # only for the preview
         self.tokenizer, self.latents, self.schedule = tokenizer, latents, schedule
-        self.drop, self.offset = drop, offset
-        weights = loss_weights(schedule)
+        self.drop, self.offset, self.prediction = drop, offset, prediction
+        weights = loss_weights(schedule, prediction)
         # how often a time is drawn, 1 on average: half of them where errors count
         self.often = (1 + weights) / 2
         self.chances = list(accumulate(self.often.tolist()))
@@ -470,11 +480,10 @@ class DenoiseTask(Task):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         x0, noise, t = batch["latents"], batch["noise"], batch["t"]
-        xt = add_noise(self.schedule, x0, noise, t).contiguous(
-            memory_format=torch.channels_last
-        )
+        level = self.schedule.at(t)
+        xt = add_noise(x0, noise, level).contiguous(memory_format=torch.channels_last)
         answer = self.unet(xt, t, self.text_encoder(batch["tokens"])).float()
-        return self.losses(answer, training_target(self.schedule, x0, noise, t), t)
+        return self.losses(answer, self.prediction.target(x0, noise, level), t)
 
     def losses(self, answer: Tensor, target: Tensor, t: Tensor) -> dict[str, Tensor]:
         error = (answer - target).square().mean(dim=(1, 2, 3))
@@ -489,22 +498,21 @@ class DenoiseTask(Task):
         """A picture for each prompt, always from the same noise: (B, 3, 128, 128)."""
         device = self.weights.device
         context, empty = (
-            self.text_encoder(self.tokenizer(text).to(device))
+            {"context": self.text_encoder(self.tokenizer(text).to(device))}
             for text in (list(prompts), "")
         )
         noise = normal(
             [random.Random(i) for i in range(len(prompts))], *self.latents.shape[1:]
         ).to(device)
-        denoise = Guided(self.unet, context, empty, scale)
-        *_, last = sample(
-            denoise, noise, self.schedule, self.schedule.timesteps(steps), "ddim"
-        )
+        guided = Guided(self.unet, context, empty, scale)
+        denoise = Denoiser(guided, self.schedule, self.prediction)
+        levels = self.schedule.levels(steps, clean=SAMPLERS["ddim"].clean)
+        *_, last = sample(denoise, noise, levels, "ddim")
         return self.vae.decode(last.latents)
 
 
 class HintedTask(DenoiseTask):
-    """DenoiseTask with a hint: the middle of the U-Net has to say what lies where
-    (`layout`).
+    """DenoiseTask with a hint: the middle of the U-Net says what lies where.
 
     After Yu et al. 2025, section 3, where the middle of a transformer has to say what a
     trained image encoder sees. The layer that says it is thrown away when training

@@ -1,0 +1,31 @@
+"""The whole of Stable Diffusion in thirty lines. Chapter 12.
+Exported from book/12_pipeline.ipynb by `make export`; edit it there.
+"""
+
+import torch
+from PIL import Image
+
+from sdlearn.pipeline import StableDiffusion
+
+__all__ = ["draw_by_hand"]
+
+
+@torch.inference_mode()
+def draw_by_hand(
+    sd: StableDiffusion, prompt: str, seed: int = 0, steps: int = 20, scale: float = 7.5
+) -> Image.Image:
+    """One picture, by DDIM, of the size that the model was trained on."""
+    context = sd.text_encoder(sd.tokenizer(["", prompt]))  # (2, 77, D)
+    height, width = sd.size[0] // 8, sd.size[1] // 8
+    dice = torch.Generator().manual_seed(seed)
+    xt = torch.randn(1, 4, height, width, generator=dice)
+    levels = sd.schedule.levels(steps, clean=False)  # 50: t = 981, 961 ... 1, 0
+    for now, then in zip(levels, levels[1:]):
+        both = torch.cat([xt, xt])  # the same noise for both
+        uncond, cond = sd.unet(both, now.t, context).chunk(2)  # (1, 4, h, w) each
+        eps = uncond + scale * (cond - uncond)
+        x0 = (xt - now.sigma * eps) / now.alpha
+        xt = then.alpha * x0 + then.sigma * eps
+    picture = sd.vae.decode(xt)[0]  # (3, H, W), about -1 to 1
+    pixels = (picture * 127.5 + 127.5).round().clamp(0, 255).byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())

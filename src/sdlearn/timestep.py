@@ -25,11 +25,8 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> T
             "so choose an even width"
         )
     half = width // 2
-    frequencies = torch.exp(
-        -math.log(max_period)
-        * torch.arange(half, dtype=torch.float32, device=t.device)
-        / half
-    )
+    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(max_period) * i / half)
     angles = t.float()[:, None] * frequencies  # (B, width / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

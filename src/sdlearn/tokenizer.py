@@ -306,12 +306,8 @@ class Tokenizer(BytePairs):
             raise ValueError(
                 "captions is one text, but a list of texts is wanted: write [text]"
             )
-        return cls(
-            learn_merges(
-                Counter(word for text in captions for word in words(text)), merges
-            ),
-            positions,
-        )
+        counts = Counter(word for text in captions for word in words(text))
+        return cls(learn_merges(counts, merges), positions)
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """Texts -> tokens (B, positions): start, the ids that fit, end, padding."""

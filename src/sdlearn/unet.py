@@ -133,8 +133,9 @@ class Stage(nn.Module):
         )
         self.attention = None
         if config.attention[level]:
+            heads, context_width = config.heads[level], config.context_width
             self.attention = SpatialTransformer(
-                width, config.heads[level], config.context_width, config.groups
+                width, heads, context_width, config.groups
             )
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
@@ -198,9 +199,8 @@ class UNet(nn.Module):
     def forward(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """latents (B, 4, h, w), t (B,) or one, context (B, S, D) -> (B, 4, h, w)."""
         self.check(latents, context)
-        time = self.time_embedding(
-            torch.as_tensor(t, device=latents.device).expand(len(latents))
-        )  # (B, E)
+        t = torch.as_tensor(t, device=latents.device).expand(len(latents))
+        time = self.time_embedding(t)  # (B, E)
         x = self.conv_in(latents)
         skips = [x]
         for part in self.down:
@@ -251,16 +251,13 @@ def record_attention(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
         x, context = inputs
         q = attention.split_heads(attention.to_q(x))
         k = attention.split_heads(attention.to_k(context))
-        p = (q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(
-            dim=-1
-        )  # (B, N, T, S)
+        scores = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])
+        p = scores.softmax(dim=-1)  # (B, N, T, S)
         calls[layer] += 1
         maps[layer] = p if calls[layer] == 1 else maps[layer].lerp(p, 1 / calls[layer])
 
-    layers = [
-        (name, part) for name, part in unet.named_modules() if name.endswith("attn2")
-    ]
-    hooks = [part.register_forward_hook(partial(note, name)) for name, part in layers]
+    layers = {name: x for name, x in unet.named_modules() if name.endswith("attn2")}
+    hooks = [x.register_forward_hook(partial(note, name)) for name, x in layers.items()]
     try:
         yield maps
     finally:
@@ -285,14 +282,12 @@ def attention_maps(maps: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
     height, width = size
     resized = []
     for layer, p in maps.items():
-        rows = round(math.sqrt(p.shape[2] * height / width))
-        if (
-            rows == 0
-            or p.shape[2] % rows
-            or abs(p.shape[2] / rows - rows * width / height) > 0.5
-        ):
+        count = p.shape[2]
+        rows = round(math.sqrt(count * height / width))
+        fits = rows and count % rows == 0
+        if not fits or abs(count / rows - rows * width / height) > 0.5:
             raise ValueError(
-                f"{layer} has {p.shape[2]} places, not a {height}:{width} map: "
+                f"{layer} has {count} places, not a {height}:{width} map: "
                 "give the latents' size"
             )
         # (B, S, rows, columns)

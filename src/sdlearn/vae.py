@@ -169,20 +169,18 @@ class VAE(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
-        moments = 2 * config.latent_channels
+        latent, moments = config.latent_channels, 2 * config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(moments, moments, 1)
-        self.post_quant_conv = nn.Conv2d(
-            config.latent_channels, config.latent_channels, 1
-        )
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
         """The distribution of the latents; `decode` is its inverse."""
         return self.unscaled(image).scaled(self.config.scale)
 
     def unscaled(self, image: Tensor) -> DiagonalGaussian:
-        """The distribution of the latents before they are scaled, as training sees it."""
+        """The distribution before it is scaled, as training sees it."""
         factor = 2 ** (len(self.config.channels) - 1)
         channels, height, width = image.shape[-3:]
         if channels != 3:

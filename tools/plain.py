@@ -98,7 +98,8 @@ def markdown(text: str, path: Path) -> str:
         picture = f"![{alt}]({found[2]})"
         if ":target:" in found[3]:
             picture = f"[{picture}]({found[2]})"
-        return f"{picture}\n\n*{found[4].strip()}*" if found[4].strip() else picture
+        caption = re.sub(r"\*([^*]+)\*", r"_\1_", found[4].strip())
+        return f"{picture}\n\n*{caption}*" if found[4].strip() else picture
 
     text = FIGURE.sub(figure, text)
     if EXERCISE.fullmatch(text.strip()):
@@ -202,10 +203,49 @@ def glossary(text: str) -> str:
     return head + "\n\n".join(made) + "\n"
 
 
+def renumber(notebook: nbformat.NotebookNode, path: Path) -> None:
+    """Exercises get the numbers of their order, everywhere: in the chapter, and in the pages that link them."""
+    chapter, n, new = path.name[:2], 0, {}
+    exercises = [cell for cell in notebook.cells if "exercise" in cell.metadata.get("tags", [])]
+    for n, cell in enumerate(exercises, 1):
+        new[re.search(r'<a id="ch\d\d-ex(\d+)">', cell.source)[1]] = str(n)
+    if all(old == now for old, now in new.items()):
+        return
+    number = 0
+
+    def link(m: re.Match) -> str:
+        now = new.get(m[4], m[4])
+        words = f"exercise {int(chapter)}.{now}" if re.fullmatch(r"exercise \d+\.\d+", m[1]) else m[1]
+        return f"[{words}]({m[2]}#{m[3]}{now})"
+
+    to = re.compile(rf"\[([^\]]*)\]\(((?:{path.name})?)#(ch{chapter}-ex)(\d+)\)")
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if "exercise" in tags:
+            number += 1
+            cell.source = re.sub(
+                r"### Exercise \d+\.\d+\. (.*?)<a id=\"ch\d\d-ex\d+\">",
+                lambda m: f'### Exercise {int(chapter)}.{number}. {m[1]}<a id="ch{chapter}-ex{number}">',
+                cell.source,
+            )
+        elif "solution" in tags and cell.cell_type == "code":
+            cell.source = re.sub(r"^# Solution \d+\.\d+", f"# Solution {int(chapter)}.{number}", cell.source)
+        if cell.cell_type == "markdown":
+            cell.source = to.sub(link, cell.source)
+    if path.parent.resolve() == ROOT / "book":
+        for page in (ROOT / "book").glob("*.md"):
+            text = page.read_text("utf-8")
+            fresh = to.sub(lambda m: link(m) if m[2] else m[0], text)
+            if fresh != text:
+                page.write_text(fresh, "utf-8")
+
+
 def main() -> int:
     for path in map(Path, sys.argv[1:]):
         if path.suffix == ".ipynb":
-            nbformat.write(normalise(convert(nbformat.read(path, 4), path)), path)
+            notebook = convert(nbformat.read(path, 4), path)
+            renumber(notebook, path)
+            nbformat.write(normalise(notebook), path)
         else:
             path.write_text(markdown(glossary(path.read_text("utf-8")), path), "utf-8")
     return 0

@@ -37,8 +37,23 @@ def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": LANGUAGE})
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i:03d}"
-        cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k in ("tags", "mystnb") and v})
+        kept = {k: v for k, v in cell.metadata.items() if k in ("tags", "mystnb") and v}
+        cell.metadata = nbformat.from_dict(kept | folds(cell))
     return notebook
+
+
+def folds(cell: nbformat.NotebookNode) -> dict:
+    """What a code cell's tags mean in a notebook: `hide-input` hides its code, `solution` its outputs, too.
+
+    `jupyter` and `collapsed` are read by JupyterLab and VS Code, `cellView` by Colab.
+    """
+    tags = cell.metadata.get("tags", [])
+    if cell.cell_type != "code" or not {"hide-input", "solution"} & set(tags):
+        return {}
+    folded = {"jupyter": {"source_hidden": True}, "cellView": "form"}
+    if "solution" in tags:
+        folded |= {"jupyter": {"outputs_hidden": True, "source_hidden": True}, "collapsed": True}
+    return folded
 
 
 def output_text(output: nbformat.NotebookNode) -> str:

@@ -1,4 +1,7 @@
-"""Sphinx extension: figures that code cells draw get words for those who cannot see them, and room on a phone."""
+"""Sphinx extension: figures that code cells draw get a caption, words for those who cannot see them, and room on a phone.
+
+A caption is the paragraph in italics below a code cell, so that a notebook shows it, too.
+"""
 
 from __future__ import annotations
 
@@ -82,6 +85,32 @@ def dress_images(app: Sphinx, doctree: nodes.document, page: str) -> None:
             image.parent["classes"].append("wide-figure")
 
 
+def is_caption(node: nodes.Node) -> bool:
+    """A paragraph that is in italics from end to end."""
+    return isinstance(node, nodes.paragraph) and len(node) == 1 and isinstance(node[0], nodes.emphasis)
+
+
+def add_captions(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    for paragraph in list(doctree.findall(is_caption)):
+        siblings = paragraph.parent.children
+        cell = siblings[max(0, siblings.index(paragraph) - 1)]
+        if "cell" not in cell.get("classes", []):
+            continue
+        paragraph["classes"].append("figure-caption")
+        drawn = [box for box in cell if "cell_output" in box["classes"]]
+        images = [image for box in drawn for image in box.findall(nodes.image)]
+        if not images:
+            continue  # what is drawn in HTML keeps the paragraph
+        image = images[-1]
+        image = image.parent if "wide-figure" in image.parent["classes"] else image
+        figure = nodes.figure()
+        image.replace_self(figure)
+        figure += image
+        figure += nodes.caption("", "", *paragraph[0].children)
+        paragraph.parent.remove(paragraph)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("doctree-resolved", dress_images, priority=900)
+    app.connect("doctree-resolved", add_captions, priority=950)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

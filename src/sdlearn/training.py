@@ -1,4 +1,4 @@
-"""examples -> weights: one loop that teaches all three networks. Chapter 09, book/09_training.ipynb.
+"""examples -> weights: one loop that teaches all three networks. Chapter 09.
 Exported from book/09_training.ipynb by `make export`; edit it there.
 """
 
@@ -30,7 +30,10 @@ __all__ = [
 
 
 class Average:
-    """An exponential moving average of the trained weights; Song & Ermon 2020 (arXiv:2006.09011), technique 5."""
+    """An exponential moving average of the trained weights.
+
+    Song & Ermon 2020 (arXiv:2006.09011), technique 5.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
@@ -42,9 +45,8 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        decay = min(
-            self.decay, (1 + step) / (10 + step)
-        )  # early on, forget the random start quickly
+        # early on, forget the random start quickly
+        decay = min(self.decay, (1 + step) / (10 + step))
         mine, new = zip(
             *(
                 (self.weights[n], p.detach())
@@ -57,7 +59,7 @@ class Average:
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
-        """Exchange the model's weights with the averages; call it again to change back."""
+        """Exchange the model's weights with the averages; call it again to return."""
         for name, parameter in model.named_parameters():
             if name in self.weights:
                 kept = parameter.detach().clone()
@@ -67,7 +69,11 @@ class Average:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Everything that changes the result is here, so that a resumed run equals an unbroken one."""
+    """How to train.
+
+    Everything that changes the result is here, so that a resumed run equals an unbroken
+    one.
+    """
 
     steps: int
     batch: int
@@ -75,13 +81,12 @@ class Recipe:
     warmup: int = 200  # steps in which the learning rate rises from 0
     cooldown: int = 0  # last steps, in which it falls to 0 again
     decay: float = 0.01  # AdamW's weight decay
-    ema: float = (
-        0.999  # the averaged weights forget with a time constant of 1 / (1 - ema) steps
-    )
+    # the averaged weights forget with a time constant of 1 / (1 - ema) steps
+    ema: float = 0.999
     clip: float = 1.0  # largest norm of the gradient
     precision: str = "no"  # "no" (float32), "bf16" or "fp16"
     seed: int = 0
-    begun: int = 0  # the step at which AdamW began without memories: the warm-up counts from here
+    begun: int = 0  # AdamW began here without memories: the warm-up counts from it
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):
@@ -106,12 +111,18 @@ class Recipe:
 
 
 def generators(recipe: Recipe, step: int) -> list[random.Random]:
-    """One random generator for each example of a step: what a step sees follows from its number, and nothing else."""
+    """One random generator for each example of a step.
+
+    What a step sees follows from its number, and nothing else.
+    """
     return [random.Random(f"{recipe.seed} {step} {i}") for i in range(recipe.batch)]
 
 
 class Task(nn.Module):
-    """What one network learns: weights, examples, loss. Everything random comes from the generators of the examples."""
+    """What one network learns: weights, examples, loss.
+
+    Everything random comes from the generators of the examples.
+    """
 
     def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
         """A batch of fresh examples, each drawn with a generator of its own."""
@@ -127,7 +138,10 @@ class Task(nn.Module):
 
 
 def attention_kernels(device: torch.device) -> list:
-    """Which forms of attention to train with: on a CPU the plain one has the faster backward pass."""
+    """Which form of attention to train with.
+
+    On a CPU the plain one has the faster backward pass.
+    """
     from torch.nn.attention import SDPBackend
 
     if device.type == "cpu":
@@ -143,7 +157,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     average: Average,
 ) -> None:
-    """All that a run needs to go on: weights, AdamW's memories, averages, and the number of steps done."""
+    """All that a run needs to go on: weights, AdamW's memories, averages, steps."""
     state = {
         "step": done,
         "recipe": asdict(recipe),
@@ -270,12 +284,13 @@ def resume(
     average: Average,
     recipe: Recipe,
 ) -> int:
-    """Put a saved state back, if there is one; returns the number of steps that are done."""
+    """Put a saved state back, if there is one; returns the number of steps done."""
     if not path.exists():
         return 0
     state = read_state(path)
     free = {"steps", "cooldown"}  # a run may be made longer, and end gently
-    if not state["optimizer"]:  # weights of a checkpoint, for a new run to begin with
+    # weights of a checkpoint, with which a new run begins: any precision will do
+    if not state["optimizer"]:
         free.add("precision")
     changed = {
         name
@@ -309,7 +324,7 @@ def averaged_weights(path: Path) -> dict[str, Tensor]:
 
 
 def progress(path: Path) -> tuple[int, dict]:
-    """How many steps a saved state has done, and its recipe; (0, {}) if there is none."""
+    """The steps of a saved state, and its recipe; (0, {}) if there is none."""
     if not path.exists():
         return 0, {}
     state = read_state(path)
@@ -317,7 +332,10 @@ def progress(path: Path) -> tuple[int, dict]:
 
 
 def fastest_precision(task: Task, count: int = 8) -> str:
-    """The precision in which a training step takes least time here: measured on a CPU, known for GPUs."""
+    """The precision in which a training step takes least time here.
+
+    It is measured on a CPU, and known for GPUs.
+    """
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if torch.backends.mps.is_available():

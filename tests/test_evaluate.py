@@ -175,8 +175,8 @@ def test_retrieval_of_a_clip_that_knows_nothing_is_chance(tmp_path):
 
 
 def save_random_clip(folder):
+    from sdlearn.checkpoint.load import save_clip
     from sdlearn.tiny.recipe import make_clip
-    from sdlearn.weights import save_clip
 
     task = make_clip()
     task.tokenizer.save(folder / "tokenizer")

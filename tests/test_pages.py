@@ -13,11 +13,12 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from sdlearn.checkpoint.dialects import CLIP_RULES, VAE_RULES, rename
+from sdlearn.checkpoint.load import empty
+from sdlearn.checkpoint.load import rules as rules_of
 from sdlearn.clip import CLIPTextConfig, CLIPTextEncoder
-from sdlearn.names import CLIP_RULES, VAE_RULES, ldm_unet_rules, ldm_vae_rules, rename, unet_rules
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
-from sdlearn.weights import empty
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
@@ -190,8 +191,8 @@ def test_patterns_are_expanded_rightly():
 
 UNET, VAE_SIZES = UNetConfig(), VAEConfig()
 NETWORKS = {
-    "The U-Net": (UNet, UNET, unet_rules(UNET), ldm_unet_rules(UNET)),
-    "The VAE": (VAE, VAE_SIZES, VAE_RULES, ldm_vae_rules(VAE_SIZES)),
+    "The U-Net": (UNet, UNET, rules_of(UNET), rules_of(UNET, ldm=True)),
+    "The VAE": (VAE, VAE_SIZES, VAE_RULES, rules_of(VAE_SIZES, ldm=True)),
     "The text encoder": (CLIPTextEncoder, CLIPTextConfig(), CLIP_RULES, CLIP_RULES),
 }
 
@@ -256,7 +257,7 @@ def test_our_words_on_the_page_of_names_exist():
 
 
 def test_the_words_of_diffusers_on_the_page_of_names_exist():
-    rosetta, config = tool("rosetta"), importlib.import_module("sdlearn.config")
+    rosetta, config = tool("rosetta"), importlib.import_module("sdlearn.checkpoint.configs")
     for table in (rosetta.CLASSES, rosetta.ARGUMENTS):
         for _, theirs, *_ in rosetta.rows_of(table):
             if theirs and not theirs.endswith(".config"):

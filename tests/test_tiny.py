@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sdlearn.checkpoint.load import load_unet
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.tiny import recipe as tiny
 from sdlearn.tiny.judge import look
@@ -29,7 +30,6 @@ from sdlearn.tiny.tasks import GuidedTask, PlacesTask
 from sdlearn.training import Average, averaged_weights, resume
 from sdlearn.unet import UNet
 from sdlearn.vae import VAE
-from sdlearn.weights import load_unet
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sdlearn.arguments import DTYPES, add_device, thread_count
+from sdlearn.checkpoint.load import Parts, empty, save
 from sdlearn.clip import CLIPTextConfig, CLIPTextEncoder
 from sdlearn.disk import check_writable, write_files
 from sdlearn.pipeline import StableDiffusion, pick_device
@@ -27,7 +28,6 @@ from sdlearn.speed import compile_unet, speed_up
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
-from sdlearn.weights import Parts, empty, save
 
 Network = TypeVar("Network", bound=nn.Module)
 PARTS = ("unet", "vae", "text", "load", "tiles", "tiny")
@@ -59,7 +59,7 @@ pipe(
 """
 OUR_TILES = """
 from sdlearn.speed import TiledVAE
-from sdlearn.weights import load_vae
+from sdlearn.checkpoint.load import load_vae
 vae = load_vae({path!r}, torch.{dtype}, device={device!r}, layout=torch.channels_last)
 latents = torch.zeros(1, 4, {side}, {side}, dtype=torch.{dtype}, device={device!r})
 with torch.inference_mode():

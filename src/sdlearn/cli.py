@@ -209,10 +209,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def find_model(path: str) -> Path:
+def find_model(path: str) -> str | Path:
     """A path as given, or from the repository that this file stands in."""
-    here, there = Path(path), Path(__file__).resolve().parents[2] / path
-    return there if path and not here.exists() and there.exists() else here
+    there = Path(__file__).resolve().parents[2] / path
+    return there if path and not Path(path).exists() and there.exists() else path
 
 
 def load_model(args: argparse.Namespace) -> StableDiffusion:
@@ -359,7 +359,7 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def run_inspect(args: argparse.Namespace) -> None:
     """`sdlearn inspect`: without torch, so that the answer comes at once."""
-    from sdlearn.inspection import inspect, to_json, to_text
+    from sdlearn.checkpoint.inspect import inspect, to_json, to_text
 
     if not args.path:
         raise ValueError(
@@ -370,7 +370,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 def run_download(args: argparse.Namespace) -> None:
     """`sdlearn download`."""
-    from sdlearn.hub import download
+    from sdlearn.checkpoint.hub import download
 
     path = download(args.model, find_model(args.output or "."))
     print(path)

@@ -9,9 +9,9 @@ from diffusers import DDPMScheduler, StableDiffusionImg2ImgPipeline, StableDiffu
 from random_model import TINY_UNET, TINY_VAE, save_random_model
 from transformers import CLIPModel, CLIPTokenizer
 
+from sdlearn.checkpoint.load import load_clip
 from sdlearn.pictures import to_tensor
 from sdlearn.pipeline import StableDiffusion
-from sdlearn.weights import load_clip
 
 SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny"
 PROMPT = "a fox to the left of a green umbrella"

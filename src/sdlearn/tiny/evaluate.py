@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdlearn.arguments import DTYPES, add_device
+from sdlearn.checkpoint.load import load_clip
 from sdlearn.disk import check_writable, write_files
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.request import Request
@@ -30,7 +31,6 @@ from sdlearn.tiny.scenes import (
 )
 from sdlearn.tiny.tasks import to_tensor
 from sdlearn.unet import attention_maps, record_attention
-from sdlearn.weights import load_clip
 
 ROWS = {  # name of a row: the split of its scenes, and how many things they have
     "seen, one thing": ("train", 1),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdlearn.blocks import ResBlock
-from sdlearn.files import read_tensors
+from sdlearn.checkpoint.files import read_tensors
 from sdlearn.tiny.scenes import (
     BACKGROUNDS,
     COLOURS,

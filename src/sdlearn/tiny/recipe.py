@@ -22,6 +22,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdlearn.arguments import thread_count
+from sdlearn.checkpoint.load import (
+    Parts,
+    load_clip,
+    load_text_encoder,
+    load_unet,
+    load_vae,
+    save,
+    save_clip,
+)
 from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig
 from sdlearn.disk import check_writable, explained, locked, read_text, write_files
 from sdlearn.pictures import to_image
@@ -51,15 +60,6 @@ from sdlearn.training import (
 )
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
-from sdlearn.weights import (
-    Parts,
-    load_clip,
-    load_text_encoder,
-    load_unet,
-    load_vae,
-    save,
-    save_clip,
-)
 
 SCHEDULE = Schedule()
 # The VAE's scale is measured when its training ends.

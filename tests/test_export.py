@@ -49,7 +49,7 @@ def tree(tmp_path):
 
 def test_one_notebook_makes_two_modules(tree):
     changed, errors, package = tree({"05_vae": VAE_CELLS})
-    assert (sorted(changed), errors) == (["blocks", "vae"], [])
+    assert (sorted(changed), errors) == (["blocks.py", "vae.py"], [])
     vae = (package / "vae.py").read_text()
     assert vae == (
         '"""image <-> latents. Chapter 05.\n'

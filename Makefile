@@ -23,8 +23,8 @@ book: .venv/.ready ## build the book as a website in _build/html
 	@.venv/bin/jupyter-book build . -W --keep-going --quiet
 	@echo "The book: _build/html/index.html"
 
-lab: .venv/.ready ## open the chapters in JupyterLab
-	@$(PY) -m jupyter lab book
+lab: .venv/.ready ## open your own copy of the chapters, my/, in JupyterLab; `make lab FRESH=05` takes one anew
+	@$(PY) tools/lab.py --fresh $(FRESH)
 
 export: .venv/.ready ## write src/sdlearn from the notebooks, and what follows from book/chapters.toml
 	@$(PY) tools/export.py

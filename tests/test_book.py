@@ -9,10 +9,10 @@ from urllib.parse import unquote
 
 import nbformat
 import pytest
-from repository import ROOT, tool
 from markdown_it import MarkdownIt
 from myst_parser.mdit_to_docutils.base import default_slugify
 from nbformat import NotebookNode
+from repository import ROOT, tool
 
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 from one_source import ANCHOR, DETAILS, EXERCISE, LINK, Names  # noqa: E402

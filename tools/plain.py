@@ -1,6 +1,6 @@
 """MyST notebooks and pages -> the plain form that book/_ext/one_source.py describes; what is plain stays as it is.
 
-    python tools/plain.py FILE...
+python tools/plain.py FILE...
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def slug(term: str) -> str:
 def authors_and_year(entry: str) -> str:
     authors = re.search(r"author *= *\{(.*?)\},?\n", entry, re.DOTALL)[1]
     names = [name.strip() for name in re.split(r"\s+and\s+", authors)]
-    last = [re.sub(r"[{}]", "", n if n.startswith("{") else n.split(",")[0] if "," in n else n.split()[-1]) for n in names]
+    last = [
+        re.sub(r"[{}]", "", n if n.startswith("{") else n.split(",")[0] if "," in n else n.split()[-1]) for n in names
+    ]
     marks = {'"': "\u0308", "'": "\u0301", "`": "\u0300", "^": "\u0302", "~": "\u0303"}
     last = [re.sub(r"\\([\"'`^~])(\w)", lambda m: m[2] + marks[m[1]], n) for n in last]
     last = [unicodedata.normalize("NFC", n).replace("\\L", "Ł") for n in last]
@@ -225,7 +227,7 @@ def renumber(notebook: nbformat.NotebookNode, path: Path) -> None:
             number += 1
             cell.source = re.sub(
                 r"### Exercise \d+\.\d+\. (.*?)<a id=\"ch\d\d-ex\d+\">",
-                lambda m: f'### Exercise {int(chapter)}.{number}. {m[1]}<a id="ch{chapter}-ex{number}">',
+                lambda m, number=number: f'### Exercise {int(chapter)}.{number}. {m[1]}<a id="ch{chapter}-ex{number}">',
                 cell.source,
             )
         elif "solution" in tags and cell.cell_type == "code":

@@ -28,10 +28,7 @@ def texts_near(cell: nodes.Node) -> Iterator[str]:
     """The text below a code cell, then the text above it: one of them says what its figure shows."""
     siblings = cell.parent.children
     here = siblings.index(cell)
-    for node in (
-        siblings[here + 1 : here + 2],
-        siblings[here - 1 : here] if here else [],
-    ):
+    for node in (siblings[here + 1 : here + 2], siblings[here - 1 : here] if here else []):
         if node and isinstance(node[0], nodes.paragraph):
             yield first_sentence(node[0])
 
@@ -40,11 +37,7 @@ def words_for(image: nodes.image) -> str:
     cell = image.parent
     while cell.parent is not None and "cell" not in cell.get("classes", []):
         cell = cell.parent
-    said = (
-        next((text for text in texts_near(cell) if len(text) > 15), "")
-        if cell.parent is not None
-        else ""
-    )
+    said = next((text for text in texts_near(cell) if len(text) > 15), "") if cell.parent is not None else ""
     return f"Figure. {said}" if said else "Figure, explained in the text"
 
 
@@ -64,20 +57,12 @@ def dress_images(app: Sphinx, doctree: nodes.document, page: str) -> None:
         name = Path(image["uri"]).name
         if image.get("alt", "") in ("", image["uri"]) or name in image.get("alt", ""):
             image["alt"] = words_for(image)
-        image.attributes.pop(
-            "height", None
-        )  # it follows from the width; given, it would not shrink on a phone
-        if (
-            "fits" in image["classes"]
-            or not path.is_file()
-            or not is_wide(path, str(image.get("width", "")))
-        ):
+        image.attributes.pop("height", None)  # it follows from the width; given, it would not shrink on a phone
+        if "fits" in image["classes"] or not path.is_file() or not is_wide(path, str(image.get("width", ""))):
             continue
         if isinstance(image.parent, nodes.container | nodes.figure):
             if isinstance(image.parent, nodes.figure):
-                image.attributes.pop(
-                    "width", None
-                )  # it would not let the picture be wider than a phone
+                image.attributes.pop("width", None)  # it would not let the picture be wider than a phone
             box = nodes.container(classes=["wide-figure"])
             image.replace_self(box)
             box += image

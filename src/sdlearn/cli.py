@@ -273,8 +273,8 @@ def check_output(output: Path, count: int) -> None:
         )
     folder = output.parent if one else output
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        there = next(x for x in (folder, *folder.absolute().parents) if x.exists())
+        tempfile.TemporaryFile(dir=there).close()  # nothing is left if the work fails
 
 
 def save_all(

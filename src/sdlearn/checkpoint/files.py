@@ -13,6 +13,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -174,7 +175,8 @@ def read_tensors(path: str | Path) -> Tensors:
             head = file.read(4096)
     except OSError as error:
         raise ValueError(
-            f"{path} cannot be read ({error.strerror}): copy it to where you may"
+            f"{path} cannot be read ({error.strerror}): copy it to where you may read "
+            "it"
         ) from None
     tensors = read_as(form_of(path, head), path)
     if not tensors:
@@ -277,6 +279,8 @@ def read_pickle(path: Path, form: str) -> Tensors:
         if str(error).startswith(str(path)) or "memory" in str(error):
             raise
         why = str(error).split("\n")[0] or type(error).__name__
+        if isinstance(error, UnpicklingError):
+            why = "it does what no table of tensors needs"
         raise damaged(path, f"its pickle cannot be read ({why})") from None
     entries = {
         name: Entry(str(x.dtype).removeprefix("torch."), tuple(x.shape))

@@ -38,6 +38,7 @@ lint: .venv/.ready ## style, types, exports, notebooks; `make lint FIX=--fix` me
 	@$(PY) tools/check_notebooks.py
 	@$(PY) -m mypy
 	@$(PY) tools/spelling.py || echo "(spelling: to be looked at)"
+	@$(PY) tools/prose.py
 
 train: .venv/.ready ## train the tiny model again, all three networks (hours; goes on where it stopped)
 	@$(PY) -m sdlearn train all

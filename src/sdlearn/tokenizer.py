@@ -366,7 +366,8 @@ class Tokenizer(BytePairs):
         base = {token: n for token, n in tokenizer.vocab.items() if token not in added}
         if vocab != base:
             raise ValueError(
-                f"the vocabulary in {folder} does not follow from its merges: take both "
+                f"the vocabulary in {folder} does not follow from its merges: take "
+                "both "
                 "from one tokenizer"
             )
         return tokenizer
@@ -425,7 +426,8 @@ def read_tokenizer(
     whole, merges = folder / "tokenizer.json", folder / "merges.txt"
     if not whole.exists() and not merges.exists():
         raise ValueError(
-            f"{folder} holds no tokenizer: tokenizer.json, or vocab.json and merges.txt, "
+            f"{folder} holds no tokenizer: tokenizer.json, or vocab.json and "
+            "merges.txt, "
             "are wanted, so copy it again"
         )
     content = read_json(whole) if whole.exists() else {}
@@ -469,7 +471,8 @@ def find_added(folder: Path, vocab: object, content: dict, config: dict) -> list
         good = False
     if not good:
         raise ValueError(
-            f"{folder} adds tokens that do not follow on its vocabulary of {len(vocab)}: "
+            f"{folder} adds tokens that do not follow on its vocabulary of "
+            f"{len(vocab)}: "
             "copy it again"
         )
     return added
@@ -478,6 +481,6 @@ def find_added(folder: Path, vocab: object, content: dict, config: dict) -> list
 def read_settings(settings: dict) -> tuple[int, str]:
     """Positions and padding token; some files say 10^30 and mean "unknown"."""
     positions, pad = settings.get("model_max_length"), settings.get("pad_token") or EOS
-    if type(positions) is not int or not 2 <= positions <= 100_000:
+    if type(positions) is not int or positions > 100_000:
         positions = 77
     return positions, str(pad.get("content", EOS) if isinstance(pad, dict) else pad)

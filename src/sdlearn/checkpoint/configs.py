@@ -150,19 +150,22 @@ def numbers(
     good = isinstance(value, list) and value
     if not good or any(type(x) is not int or not 0 < x <= LARGEST for x in value):
         raise ValueError(
-            f"{part} config: {key} is {content.get(key)!r}, but a list of whole numbers "
+            f"{part} config: {key} is {content.get(key)!r}, but a list of whole "
+            "numbers "
             f"above 0 is wanted, none above {LARGEST:,}"
         )
     if count and len(value) != count:
         raise ValueError(
-            f"{part} config: {key} has {len(value)} entries, but block_out_channels has "
+            f"{part} config: {key} has {len(value)} entries, but block_out_channels "
+            "has "
             f"{count}"
         )
     return tuple(value)
 
 
 def unet_from_json(content: Mapping) -> UNetConfig:
-    """`unet/config.json` -> ours. In SD 1, attention_head_dim is the number of heads."""
+    """`unet/config.json` -> ours. In SD 1, attention_head_dim is the number of
+    heads."""
     refuse_others(content, UNET_ALWAYS, "unet")
     channels = numbers(content, "block_out_channels", "unet")
     known = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
@@ -181,7 +184,8 @@ def unet_from_json(content: Mapping) -> UNetConfig:
     for width, count in zip(channels, heads, strict=True):
         if width % count:
             raise ValueError(
-                f"unet config: {width} channels do not split into {count} heads: the file "
+                f"unet config: {width} channels do not split into {count} heads: the "
+                "file "
                 "is damaged, take another copy"
             )
     return UNetConfig(
@@ -205,7 +209,8 @@ def sample_size(content: Mapping) -> tuple[int, int]:
 
 
 def unet_to_json(config: UNetConfig, sample_size: int | list[int]) -> dict:
-    """Ours -> `unet/config.json`; sample_size: side, or height and width, of latents."""
+    """Ours -> `unet/config.json`; sample_size: side, or height and width, of
+    latents."""
     down = [
         "CrossAttnDownBlock2D" if there else "DownBlock2D" for there in config.attention
     ]
@@ -232,7 +237,8 @@ def vae_from_json(content: Mapping) -> VAEConfig:
     for width in channels:
         if width % groups:
             raise ValueError(
-                f"vae config: {width} channels do not split into {groups} groups: the file "
+                f"vae config: {width} channels do not split into {groups} groups: the "
+                "file "
                 "is damaged, take another copy"
             )
     for key, kind in {
@@ -241,7 +247,8 @@ def vae_from_json(content: Mapping) -> VAEConfig:
     }.items():
         if content.get(key, wanted := [kind] * len(channels)) != wanted:
             raise ValueError(
-                f"vae config: {key} is {content[key]}, but sdlearn knows only {kind}, one "
+                f"vae config: {key} is {content[key]}, but sdlearn knows only {kind}, "
+                "one "
                 "a level"
             )
     scale = content.get("scaling_factor", VAEConfig.scale)
@@ -291,12 +298,14 @@ def tower(content: Mapping, part: str, keys: Mapping[str, str]) -> dict[str, int
     inner = content.get("intermediate_size")
     if inner != 4 * sizes["width"]:
         raise ValueError(
-            f"{part} config: intermediate_size is {inner}, but the layers of sdlearn's CLIP "
+            f"{part} config: intermediate_size is {inner}, but the layers of sdlearn's "
+            "CLIP "
             f"are 4 times as wide inside, 4 x {sizes['width']} here: take another model"
         )
     if sizes["width"] % sizes["heads"]:
         raise ValueError(
-            f"{part} config: width {sizes['width']} does not split into {sizes['heads']} "
+            f"{part} config: width {sizes['width']} does not split into "
+            f"{sizes['heads']} "
             "heads: the file is damaged, take another copy"
         )
     return sizes
@@ -312,14 +321,16 @@ def clip_from_json(content: Mapping) -> tuple[CLIPTextConfig, CLIPImageConfig, i
     text, image = content.get("text_config"), content.get("vision_config")
     if not isinstance(text, dict) or not isinstance(image, dict):
         raise ValueError(
-            "clip config: text_config or vision_config is missing, but a whole CLIPModel "
+            "clip config: text_config or vision_config is missing, but a whole "
+            "CLIPModel "
             "is wanted"
         )
     config = text_from_json(text)
     end = text.get("eos_token_id", config.vocab - 1)
     if end not in (config.vocab - 1, 2):  # older files say 2 and mean the largest id
         raise ValueError(
-            f"clip config: eos_token_id is {end!r}, but the last of {config.vocab} entries "
+            f"clip config: eos_token_id is {end!r}, but the last of {config.vocab} "
+            "entries "
             "is wanted, where the text's vector is taken"
         )
     seen = CLIPImageConfig(**tower(image, "image tower", IMAGE))
@@ -382,7 +393,8 @@ def table_of_betas(content: Mapping) -> torch.Tensor:
     trained, zero = content.get("trained_betas"), content.get("rescale_betas_zero_snr")
     if zero not in (None, False, True):
         raise ValueError(
-            f"scheduler config: rescale_betas_zero_snr is {zero!r}, but true or false is "
+            f"scheduler config: rescale_betas_zero_snr is {zero!r}, but true or false "
+            "is "
             "wanted"
         )
     steps = number(
@@ -394,16 +406,19 @@ def table_of_betas(content: Mapping) -> torch.Tensor:
         type(beta) in (int, float) and 0 < beta <= 1 for beta in listed
     ):
         raise ValueError(
-            f"scheduler config: betas {str(listed)[:40]}, but numbers above 0 and at most "
+            f"scheduler config: betas {str(listed)[:40]}, but numbers above 0 and at "
+            "most "
             "1 are wanted: the file is damaged, take another copy"
         )
     if steps < 2:
         raise ValueError(
-            f"scheduler config: num_train_timesteps is {steps}, but at least 2 are wanted"
+            f"scheduler config: num_train_timesteps is {steps}, but at least 2 are "
+            "wanted"
         )
     if trained is not None and len(trained) != steps:
         raise ValueError(
-            f"scheduler config: {len(trained)} trained_betas for {steps} steps: the file "
+            f"scheduler config: {len(trained)} trained_betas for {steps} steps: the "
+            "file "
             "is damaged, take another copy"
         )
     if trained is not None:
@@ -420,8 +435,10 @@ SPACINGS = ("leading", "trailing", "linspace")
 def schedule_from_json(content: Mapping) -> tuple[Schedule, Prediction]:
     """`scheduler/scheduler_config.json` -> the schedule, and what the network answers.
 
-    The sampler that it names is not taken over: one chooses it anew. A key that is absent
-    means what that sampler's class in diffusers then takes; like its pipeline for Stable
+    The sampler that it names is not taken over: one chooses it anew. A key that is
+    absent
+    means what that sampler's class in diffusers then takes; like its pipeline for
+    Stable
     Diffusion we take an offset of 1 and clip no samples, whatever the file says.
     """
     refuse_others(content, SCHEDULE_ALWAYS, "scheduler")
@@ -433,7 +450,8 @@ def schedule_from_json(content: Mapping) -> tuple[Schedule, Prediction]:
     clean = content.get("set_alpha_to_one", sampler != "PNDMScheduler")
     if type(clean) is not bool:
         raise ValueError(
-            f"scheduler config: set_alpha_to_one is {clean!r}, but true or false is wanted"
+            f"scheduler config: set_alpha_to_one is {clean!r}, but true or false is "
+            "wanted"
         )
     spacing = choose(content, "timestep_spacing", SPACINGS, unsaid)
     prediction = choose(content, "prediction_type", PREDICTIONS, "epsilon")

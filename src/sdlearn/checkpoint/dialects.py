@@ -98,7 +98,8 @@ LDM_RESNET = {
 def ldm_unet_rules(blocks: int, attention: Sequence[bool]) -> Rules:
     """Ours -> CompVis'. attention: which levels have transformers.
 
-    Their `input_blocks` begin with conv_in; `output_blocks` contain the upsamplers, after
+    Their `input_blocks` begin with conv_in; `output_blocks` contain the upsamplers,
+    after
     the attention if there is one.
     """
     inside = {"resnet": "0.", "attention": "1.", "conv": "0.op."}
@@ -132,7 +133,8 @@ def ldm_unet_rules(blocks: int, attention: Sequence[bool]) -> Rules:
 
 
 def ldm_vae_rules(levels: int) -> Rules:
-    """Ours -> CompVis'. Their `decoder.up` counts from the picture: the last runs first."""
+    """Ours -> CompVis'. Their `decoder.up` counts from the picture: the last runs
+    first."""
     return (
         (r"middle\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
         (r"middle\.attention\.group_norm", "mid.attn_1.norm"),
@@ -153,7 +155,7 @@ def clip_name(name: str) -> str:
     return towers[tower] + rename(rest, CLIP_RULES) if tower in towers else name
 
 
-VAE_ATTENTION = (  # each line: what the VAE's attention has been called over the years
+VAE_ATTENTION = (  # each line: what it has been called over the years
     ("group_norm", "norm"),
     ("to_q", "query", "q"),
     ("to_k", "key", "k"),
@@ -228,12 +230,11 @@ CALLED = {  # in a sentence; the others take "a"
 
 
 def recognise(names: Iterable[str]) -> str:
-    """What a file is, told from the names of its tensors: a key of KINDS, or unknown."""
+    """What a file is, told from the names of its tensors: a key of KINDS, or
+    unknown."""
     text = "\n".join(names)
-    found = (
-        kind for kind, sign in KINDS.items() if re.search(sign, text, re.MULTILINE)
-    )
-    return next(found, "unknown")
+    signs = (kind for kind, sign in KINDS.items() if re.search(f"(?m){sign}", text))
+    return next(signs, "unknown")
 
 
 def called(kind: str) -> str:
@@ -242,7 +243,7 @@ def called(kind: str) -> str:
     return CALLED.get(word, f"a {word}")
 
 
-CHANNELS = {  # that a U-Net takes in -> what such a model is for, if not to draw from words
+CHANNELS = {  # that a U-Net takes in -> what such a model is for
     5: "depth",
     7: "an upscaler",
     8: "instruct-pix2pix",
@@ -251,8 +252,11 @@ CHANNELS = {  # that a U-Net takes in -> what such a model is for, if not to dra
 FIRST = ("model.diffusion_model.input_blocks.0.0", "input_blocks.0.0", "conv_in")
 
 
-def variant(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
-    """What a U-Net takes in beside noisy latents, time and text; "" for a plain one."""
+def variant(entries: Mapping[str, tuple]) -> str:
+    """What a U-Net was made for, if not for noisy latents, time and text alone.
+
+    entries: type and shape of each tensor.
+    """
     first = next((f"{x}.weight" for x in FIRST if f"{x}.weight" in entries), None)
     shape = entries[first][1] if first else ()
     channels = shape[1] if len(shape) == 4 else 4

@@ -1,4 +1,5 @@
-"""A checkpoint file -> names, types and shapes at once, numbers when they are asked for.
+"""A checkpoint file -> names, types and shapes at once, numbers when they are asked
+for.
 
 Nothing in a file is ever run, and whatever is wrong with one is a single sentence. Only
 pickles need torch here, so the header of a .safetensors file is told at once.
@@ -83,14 +84,16 @@ NUMPY = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy
 
 
 class Entry(NamedTuple):
-    """What is known of a tensor before its numbers are read: dtype as torch calls it."""
+    """What is known of a tensor before its numbers are read: dtype as torch calls
+    it."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 class Reader:
-    """One file, mapped anew after every twenty-fifth of it: so its pages leave memory."""
+    """One file, mapped anew after every twenty-fifth of it: so its pages leave
+    memory."""
 
     def __init__(self, path: Path, opened: Callable[[], Callable[[str], torch.Tensor]]):
         self.bytes = path.stat().st_size
@@ -108,7 +111,8 @@ class Reader:
 class Tensors(Mapping[str, "torch.Tensor"]):
     """Tensors by name, from one file or several; the numbers are read when asked for.
 
-    entries: types and shapes. foreign: what a pickle names beside tensors. A tensor is a
+    entries: types and shapes. foreign: what a pickle names beside tensors. A tensor is
+    a
     view of its file: copy it and let it go, then its pages do not stay in memory.
     """
 
@@ -207,14 +211,16 @@ def form_of(path: Path, head: bytes) -> str:
     if head[:2] == b"PK" or head[:1] == b"\x80":
         if safe_name:
             raise ValueError(
-                f"{path} holds a pickle (.ckpt) under another name: rename it, so that it "
+                f"{path} holds a pickle (.ckpt) under another name: rename it, so that "
+                "it "
                 "ends in .ckpt"
             )
         return ".ckpt" if head[:2] == b"PK" else ".ckpt (old)"
     text = all(32 <= byte < 127 or byte in b"\t\n\r" for byte in head[:64])
     if text and head.lstrip().startswith(b"<"):
         raise ValueError(
-            f"{path} is a web page, but {WANTED}: download the file itself, not the page "
+            f"{path} is a web page, but {WANTED}: download the file itself, not the "
+            "page "
             "about it"
         )
     if text:
@@ -228,7 +234,8 @@ def form_of(path: Path, head: bytes) -> str:
 
 
 def read_as(form: str, path: Path) -> Tensors:
-    """The tensors of a file whose form is known; the library's complaint as a sentence."""
+    """The tensors of a file whose form is known; the library's complaint as a
+    sentence."""
     if form != ".safetensors":
         return read_pickle(path, form)
     try:
@@ -252,7 +259,8 @@ def type_of(word: str) -> str:
 
 
 def read_pickle(path: Path, form: str) -> Tensors:
-    """A .ckpt: read by torch, which builds tensors and calls nothing of the file's choice.
+    """A .ckpt: read by torch, which builds tensors and calls nothing of the file's
+    choice.
 
     What else a pickle names is replaced by something that takes everything and does
     nothing, so that a file is described even where it is not to be trusted.
@@ -294,7 +302,8 @@ def read_pickle(path: Path, form: str) -> Tensors:
 
 def acting(path: Path, name: str) -> ValueError:
     return ValueError(
-        f"{path} is a pickle that runs code when it is opened (it calls {clean(name)}); "
+        f"{path} is a pickle that runs code when it is opened (it calls "
+        f"{clean(name)}); "
         "nothing of it was run: do not use it, take the .safetensors file"
     )
 
@@ -323,30 +332,37 @@ def flat(content: object, path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def check_zip(path: Path) -> tuple[set[str], set[str]]:
-    """What the pickle in a zip names and calls; torch writes one pickle and a file a storage."""
+    """What the pickle in a zip names and calls; torch writes one pickle and a file a
+    storage."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
-            pickles = [n for n in entries if n.count("/") == 1 and n.endswith("/data.pkl")]
+            pickles = [
+                n for n in entries if n.count("/") == 1 and n.endswith("/data.pkl")
+            ]
             if len(pickles) != 1:
                 raise ValueError(
-                    f"{path} is a zip archive, but holds no checkpoint: unpack it and give "
+                    f"{path} is a zip archive, but holds no checkpoint: unpack it and "
+                    "give "
                     "what is in it"
                 )
             if pickles[0].replace("data.pkl", "constants.pkl") in entries:
                 raise ValueError(
-                    f"{path} holds a program (TorchScript), but {WANTED}: take the weights "
+                    f"{path} holds a program (TorchScript), but {WANTED}: take the "
+                    "weights "
                     "alone"
                 )
             size = sum(entry.file_size for entry in entries.values())
             if size > 2 * path.stat().st_size + LARGEST_PICKLE:
                 raise ValueError(
-                    f"{path} unfolds to {human(size)} (a zip bomb?): do not use it, take "
+                    f"{path} unfolds to {human(size)} (a zip bomb?): do not use it, "
+                    "take "
                     "another copy"
                 )
             if any(x.compress_type != zipfile.ZIP_STORED for x in entries.values()):
                 raise ValueError(
-                    f"{path} was packed a second time, after torch wrote it: take another "
+                    f"{path} was packed a second time, after torch wrote it: take "
+                    "another "
                     "copy"
                 )
             if entries[pickles[0]].file_size > LARGEST_PICKLE:
@@ -460,7 +476,8 @@ def read_index(folder: Path) -> dict:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
         raise ValueError(
-            f"{folder} cannot be read ({error.strerror}): copy it to where you may read it"
+            f"{folder} cannot be read ({error.strerror}): copy it to where you may "
+            "read it"
         ) from None
     files = [name for name in names if name.lower().endswith((".safetensors", ".ckpt"))]
     advice = "give the folder of a model, or a file"
@@ -469,8 +486,11 @@ def read_index(folder: Path) -> dict:
 
 
 def find_parts(folder: Path, index: dict) -> list[str]:
-    """The subfolders with weights. Those that the index names are there, but for some."""
-    pairs = {name: x for name, x in index.items() if isinstance(x, list) and len(x) == 2}
+    """The subfolders with weights. Those that the index names are there, but for
+    some."""
+    pairs = {
+        name: x for name, x in index.items() if isinstance(x, list) and len(x) == 2
+    }
     named = [name for name, pair in pairs.items() if None not in pair]
     if str(index.get("_class_name")).startswith("StableDiffusion"):
         named += [name for name in PARTS if name not in named]
@@ -478,7 +498,8 @@ def find_parts(folder: Path, index: dict) -> list[str]:
         there = (folder / name).is_dir() or name in OPTIONAL
         if not name.isidentifier() or not there:
             raise ValueError(
-                f"{folder} has no folder {clean(name)}, but its model_index.json wants one: "
+                f"{folder} has no folder {clean(name)}, but its model_index.json wants "
+                "one: "
                 "copy it again"
             )
     named += [name for name in ("clip", "judge") if name not in named]  # our own
@@ -506,7 +527,8 @@ def tensor_writer(
     dtype: torch.dtype | None = None,
     pickled: bool = False,
 ) -> Callable[[Path], object]:
-    """A .safetensors file, or a pickle (.ckpt); dtype None keeps what the tensors have."""
+    """A .safetensors file, or a pickle (.ckpt); dtype None keeps what the tensors
+    have."""
 
     def write(path: Path) -> None:
         import torch

@@ -1,6 +1,7 @@
 """A path, or a model on the Hugging Face hub -> where it lies on this machine.
 
-Nothing needs the hub: the course ships its own model, and a file that one has already is
+Nothing needs the hub: the course ships its own model, and a file that one has already
+is
 read from where it is. Downloads go on where they stopped, and checksums are compared.
 """
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SHORT = {"sd15": f"{SD15}/v1-5-pruned-emaonly.safetensors"}
-WANTED = f"give {', '.join(SHORT)}, OWNER/NAME, OWNER/NAME/FILE or an address on huggingface.co"
+WANTED = "give sd15, OWNER/NAME, OWNER/NAME/FILE or an address on huggingface.co"
 NEEDED = ("unet", "vae", "text_encoder")
 FOLDERS = (*NEEDED, "tokenizer", "scheduler", "text_encoder_2", "tokenizer_2")
 SMALL = (".json", ".txt")  # what a model folder has beside its weights
@@ -47,7 +48,9 @@ def is_hub_id(what: str) -> bool:
     words = what.split("/")
     owner = words[0]
     good = len(words) == 2 and all(re.fullmatch(r"\w[\w.-]*", word) for word in words)
-    path = what.lower().endswith(FILES) or owner == "checkpoints" or Path(owner).exists()
+    path = (
+        what.lower().endswith(FILES) or owner == "checkpoints" or Path(owner).exists()
+    )
     return good and not path
 
 
@@ -58,14 +61,16 @@ def model_name(path: Path) -> str:
 
 
 def find_model(what: str | Path, folder: str | Path = "checkpoints") -> Path:
-    """A path as it is; OWNER/NAME in `folder`, and downloaded if it is not there yet."""
+    """A path as it is; OWNER/NAME in `folder`, and downloaded if it is not there
+    yet."""
     path = Path(what).expanduser()
     if path.exists() or path.is_symlink():
         return path
     if not isinstance(what, str) or not is_hub_id(what):
         seen = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
         raise ValueError(
-            f"there is no model at {clean(what, 400)}{seen}: give a diffusers folder, a "
+            f"there is no model at {clean(what, 400)}{seen}: give a diffusers folder, "
+            "a "
             ".safetensors or .ckpt file, or OWNER/NAME of one on the Hugging Face hub"
         )
     there = Path(folder) / what
@@ -89,7 +94,8 @@ def find_place(what: str, endpoint: str = "https://huggingface.co") -> Place:
         url = urlsplit(what)
         if url.netloc not in ("huggingface.co", "hf.co", urlsplit(endpoint).netloc):
             raise ValueError(
-                f"{clean(what)} is not on the Hugging Face hub, so there is no checksum to "
+                f"{clean(what)} is not on the Hugging Face hub, so there is no "
+                "checksum to "
                 "compare: download it with a browser into checkpoints/, and see "
                 "`sdlearn inspect`"
             )
@@ -113,9 +119,12 @@ def choose(place: Place, there: dict[str, RepoSibling]) -> list[str]:
         return [place.file]
     if "model_index.json" not in there:
         if len(safe) != 1:
-            found = f"{len(safe)} .safetensors files ({some} ...)" if safe else "no model"
+            found = (
+                f"{len(safe)} .safetensors files ({some} ...)" if safe else "no model"
+            )
             raise ValueError(
-                f"{place.repo} has {found}: name the file that you want, {place.repo}/FILE"
+                f"{place.repo} has {found}: name the file that you want, "
+                f"{place.repo}/FILE"
             )
         return safe
     chosen = ["model_index.json"]
@@ -125,7 +134,8 @@ def choose(place: Place, there: dict[str, RepoSibling]) -> list[str]:
         weights = weights_of(folder, inside)
         if folder in NEEDED and not weights:
             raise ValueError(
-                f"{place.repo} has no .safetensors file in {folder}/: take another model"
+                f"{place.repo} has no .safetensors file in {folder}/: take another "
+                "model"
             )
         chosen += [*sorted(small), *weights]
     return chosen
@@ -138,13 +148,16 @@ def weights_of(folder: str, inside: list[str]) -> list[str]:
             return [name]
         if f"{name}.index.json" in inside:
             stem = re.escape(name.removesuffix(".safetensors"))
-            shards = [x for x in inside if re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", x)]
+            shards = [
+                x for x in inside if re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", x)
+            ]
             return [f"{name}.index.json", *sorted(shards)]
     return []
 
 
 def checksum(path: Path, sibling: RepoSibling) -> bool:
-    """Is a file what the hub says? Large ones have a SHA-256, small ones git's SHA-1."""
+    """Is a file what the hub says? Large ones have a SHA-256, small ones git's
+    SHA-1."""
     with path.open("rb") as file:
         if sibling.lfs:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -159,7 +172,8 @@ def download(
     """Download a model into `folder`; returns its file, or its folder.
 
     A model is put into OWNER/NAME, a file that is named into `folder` itself. What is
-    there already is kept and compared. Raises ValueError, one sentence, for all that can
+    there already is kept and compared. Raises ValueError, one sentence, for all that
+    can
     go wrong on the way; a second call goes on where it stopped.
     """
     try:
@@ -171,7 +185,7 @@ def download(
         ) from None
     endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
     place = find_place(what, endpoint)
-    logging.set_verbosity_error()  # its retries; what goes wrong in the end is said below
+    logging.set_verbosity_error()  # its retries; what goes wrong is said below
     with clear_errors(place, endpoint):
         info = HfApi(endpoint).model_info(
             place.repo, revision=place.revision, files_metadata=True, timeout=30
@@ -182,7 +196,8 @@ def download(
         known = there[name].lfs or there[name].blob_id
         if there[name].size is None or not known:
             raise ValueError(
-                f"{endpoint} tells no size or checksum of {clean(name)}: take another model"
+                f"{endpoint} tells no size or checksum of {clean(name)}: take another "
+                "model"
             )
     home = Path(folder) if place.file else Path(folder) / place.repo
     paths = {home / (PurePosixPath(x).name if place.file else x): x for x in names}
@@ -202,7 +217,8 @@ def is_there(path: Path, sibling: RepoSibling) -> bool:
     same = path.is_file() and path.stat().st_size == sibling.size
     if not same or not checksum(path, sibling):
         raise ValueError(
-            f"{path} is there already and is another file than the hub's: move it away, "
+            f"{path} is there already and is another file than the hub's: move it "
+            "away, "
             "or give -o FOLDER"
         )
     return True
@@ -222,7 +238,8 @@ def check_space(todo: dict[Path, RepoSibling], folder: Path) -> None:
     where = next(x for x in (folder, *folder.absolute().parents) if x.is_dir())
     if need > (free := shutil.disk_usage(where).free):
         raise ValueError(
-            f"{human(need)} are still to download, but {folder} has {human(free)} free: "
+            f"{human(need)} are still to download, but {folder} has {human(free)} "
+            "free: "
             "give -o FOLDER"
         )
 
@@ -252,7 +269,8 @@ def fetch(place: Place, sibling: RepoSibling, path: Path, endpoint: str) -> None
                 if not checksum(part, sibling):
                     part.unlink()
                     raise ValueError(
-                        f"{path.name} came with a wrong checksum and was deleted: run the "
+                        f"{path.name} came with a wrong checksum and was deleted: run "
+                        "the "
                         "same command again"
                     )
                 os.replace(part, path)
@@ -331,7 +349,9 @@ def clear_errors(place: Place, endpoint: str) -> Iterator[None]:
     except Exception as error:  # those of the disk and of the HTTP library
         said = unreachable(place, endpoint, error)
         if getattr(error, "errno", None) == errno.ENOSPC:
-            said = "the disk is full: make room and run the same command, it goes on there"
+            said = (
+                "the disk is full: make room and run the same command, it goes on there"
+            )
         elif getattr(error, "filename", None):
             why = f"{error.filename} cannot be written ({error.strerror})"
             said = f"{why}: give -o FOLDER"
@@ -341,6 +361,7 @@ def clear_errors(place: Place, endpoint: str) -> Iterator[None]:
 def unreachable(place: Place, endpoint: str, error: BaseException) -> str:
     why = clean(next(iter(str(error).splitlines()), "") or type(error).__name__, 90)
     return (
-        f"{place.repo} cannot be downloaded from {endpoint} ({why}): check the network and "
+        f"{place.repo} cannot be downloaded from {endpoint} ({why}): check the network "
+        "and "
         "run the same command, it goes on where it stopped"
     )

@@ -57,7 +57,12 @@ CONTEXT = re.compile(  # the context's projections to keys; LoRAs have their own
     r"(attn2[._](processor\.)?to_k(_lora)?|to_k_ip)\.((lora[._])?(down|A)\.(default\.)?)?"
     r"weight$|attn2_to_k\.hada_w1_b$"
 )
-WIDTHS = {768: "SD 1", 1024: "SD 2", 1280: "SDXL refiner", 2048: "SDXL"}  # of the context
+WIDTHS = {
+    768: "SD 1",
+    1024: "SD 2",
+    1280: "SDXL refiner",
+    2048: "SDXL",
+}  # of the context
 
 
 class Part(NamedTuple):
@@ -87,7 +92,8 @@ def inspect(path: str | Path) -> Report:
     path = Path(path)
     if not path.exists() and not path.is_symlink():
         raise ValueError(
-            f"there is nothing at {path}: give a .safetensors or .ckpt file, or a folder"
+            f"there is nothing at {path}: give a .safetensors or .ckpt file, or a "
+            "folder"
         )
     if not path.is_dir():
         return inspect_file(path, read_tensors(path))
@@ -107,7 +113,8 @@ def judged(report: Report, whole: bool) -> Report:
     try:
         if not whole:
             raise ValueError(
-                f"{report.path} is {called(report.kind)}, but a whole SD 1 checkpoint is "
+                f"{report.path} is {called(report.kind)}, but a whole SD 1 checkpoint "
+                "is "
                 "wanted"
             )
         from sdlearn.checkpoint.load import plan
@@ -203,13 +210,17 @@ def describe(kind: str, entries: Mapping[str, Entry], metadata: Mapping) -> str:
     if word == "U-Net":
         return f"U-Net alone{of}{special}, {names}"
     if word == "VAE":
-        first = [x.shape[:2] for n, x in entries.items() if n.endswith("r.conv_in.weight")]
+        first = [
+            x.shape[:2] for n, x in entries.items() if n.endswith("r.conv_in.weight")
+        ]
         usual = " for SD 1, SD 2 or SDXL (their shapes are the same)"
         return f"VAE alone{usual * ((512, 4) in first)}, {names}"
     if kind == "LoRA":
         return f"LoRA{of}, {lora(entries)}"
     if kind == "textual inversion":
-        shapes = [x.shape for n, x in entries.items() if x.shape and "_to_token" not in n]
+        shapes = [
+            x.shape for n, x in entries.items() if x.shape and "_to_token" not in n
+        ]
         *many, width = next(iter(shapes), (0, 0))
         family = "SDXL" if "clip_g" in entries else WIDTHS.get(width)
         of = f" for {family}" if family else ""

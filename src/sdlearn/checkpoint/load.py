@@ -1,5 +1,6 @@
-"""Checkpoints <-> models: every format of Stable Diffusion 1, read strictly. Chapter 11.
+"""Checkpoints <-> models: every format of Stable Diffusion 1, read strictly. Chapter
 Exported from book/11_weights.ipynb by `make export`; edit it there.
+11.
 
 `plan` decides what we can draw with; `load` reads the numbers that it finds.
 """
@@ -152,14 +153,15 @@ def match(
         if left:
             more = f" and {len(left) - 1} more" if left[1:] else ""
             raise ValueError(
-                f"{source} {which} {clean(left[0])}{more}: the file belongs to another "
+                f"{source} {which} {clean(left[0], 120)}{more}: the file belongs to "
+                "another "
                 "model, or is damaged"
             )
     for name, shape in shapes.items():
         dtype, found = entry(tensors, name)
         if found not in (shape, (*shape, 1, 1)) or "float" not in dtype:
             raise ValueError(
-                f"{source}: {clean(name)} is {tuple(found)} of {dtype}, but the "
+                f"{source}: {clean(name, 120)} is {tuple(found)} of {dtype}, but the "
                 f"configuration wants floats in {tuple(shape)}"
             )
     return Network(model, tensors, names, source)
@@ -197,7 +199,7 @@ def fit(
         state[ours] = theirs.reshape(shapes[ours]).to(
             types[ours], memory_format=format, copy=True
         )
-        check_numbers(theirs, state[ours], f"{source}: {clean(names[ours])}")
+        check_numbers(theirs, state[ours], f"{source}: {clean(names[ours], 120)}")
         state[ours] = state[ours].to(device)
         del theirs  # with it goes its view of the file
     model.load_state_dict(state, strict=True, assign=True)
@@ -220,7 +222,8 @@ def check_numbers(tensor: Tensor, converted: Tensor, what: str) -> None:
                 f"{what} has numbers too large for {kind}: take another --dtype"
             )
         raise ValueError(
-            f"{what} holds NaN or infinite numbers: the file is spoiled, take another copy"
+            f"{what} holds NaN or infinite numbers: the file is spoiled, take another "
+            "copy"
         )
 
 
@@ -280,7 +283,8 @@ def prepare(part: str, config: Config, tensors: Tensors, source: Path) -> Networ
     layers = getattr(config, "layers", 0) or len(config.channels) * config.blocks
     if layers > len(tensors):  # before a million layers are built
         raise ValueError(
-            f"{source} has {len(tensors)} tensors, but its configuration wants {layers} "
+            f"{source} has {len(tensors)} tensors, but its configuration wants "
+            f"{layers} "
             "layers: take both from one model"
         )
     try:
@@ -296,7 +300,8 @@ def prepare_part(here: Path, part: str) -> Network:
     """The folder of one part: its config.json and its weights."""
     if not here.is_dir():
         raise ValueError(
-            f"{here.parent} has no folder {here.name}: give a whole model in diffusers' "
+            f"{here.parent} has no folder {here.name}: give a whole model in "
+            "diffusers' "
             "layout"
         )
     tensors = read_weights(here)
@@ -312,7 +317,8 @@ def load_part(
 
 
 def load_text_encoder(folder: str | Path, **how: object) -> CLIPTextEncoder:
-    """`folder`/text_encoder -> our text encoder. how: dtype, device, layout of `fit`."""
+    """`folder`/text_encoder -> our text encoder. how: dtype, device, layout of
+    `fit`."""
     return load_part(folder, "text_encoder", **how)
 
 
@@ -364,14 +370,16 @@ def plan(
 ) -> Plan:
     """What would be loaded, or a ValueError that says why not.
 
-    The one place where it is decided what we can draw with: `load` reads the numbers that
+    The one place where it is decided what we can draw with: `load` reads the numbers
+    that
     this finds, and `inspect` promises what this does not refuse.
     """
     path = Path(path)
     if path.is_dir():
         if ema:
             raise ValueError(
-                f"{path} is a folder, which holds one copy of the U-Net: load it without "
+                f"{path} is a folder, which holds one copy of the U-Net: load it "
+                "without "
                 "ema"
             )
         return check_fit(plan_folder(path, vae), path)
@@ -386,7 +394,8 @@ def plan_folder(folder: Path, vae: str | Path | None) -> Plan:
     find_parts(folder, index)  # complains if one is missing
     if not kind.startswith("StableDiffusion") or "XL" in kind or "3" in kind:
         raise ValueError(
-            f"{folder} is a {clean(kind)}, but a StableDiffusionPipeline (SD 1) is wanted"
+            f"{folder} is a {clean(kind)}, but a StableDiffusionPipeline (SD 1) is "
+            "wanted"
         )
     config = read_json(folder / "unet" / "config.json")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -439,7 +448,8 @@ def plan_file(path: Path, ema: bool, vae: str | Path | None, sizes: Sizes) -> Pl
     for name in sorted(tensors):
         if not why_ignored(name) and not name.startswith(tuple(heads.values())):
             raise ValueError(
-                f"{path} has a tensor that no part takes, {clean(name)}: it is not a plain "
+                f"{path} has a tensor that no part takes, {clean(name)}: it is not a "
+                "plain "
                 "SD 1 checkpoint"
             )
     networks = {}
@@ -461,7 +471,8 @@ def averages(unet: Network, tensors: Tensors) -> Network:
     found = tensors.only(lambda name: re.match(sign, name))
     if not found:
         raise ValueError(
-            f"{tensors.path} has no averaged copy of its U-Net (EMA): load it without ema"
+            f"{tensors.path} has no averaged copy of its U-Net (EMA): load it without "
+            "ema"
         )
     names = {ours: averaged_name(theirs) for ours, theirs in unet.names.items()}
     return match(unet.model, found, names, tensors.path)
@@ -478,7 +489,8 @@ def check_fit(found: Plan, path: Path) -> Plan:
     channels = vae.latent_channels
     if special := CHANNELS.get(unet.in_channels):
         raise ValueError(
-            f"{path} is made for {special}, its U-Net takes {unet.in_channels} channels: "
+            f"{path} is made for {special}, its U-Net takes {unet.in_channels} "
+            "channels: "
             "take a plain model"
         )
     if (unet.in_channels, unet.out_channels) != (channels, channels):
@@ -488,20 +500,24 @@ def check_fit(found: Plan, path: Path) -> Plan:
         )
     if unet.context_width != text.width or words > text.vocab:
         raise ValueError(
-            f"{path}: a tokenizer of {words} tokens, a text encoder of {text.vocab} and "
-            f"width {text.width}, and a U-Net that reads a width of {unet.context_width} "
+            f"{path}: a tokenizer of {words} tokens, a text encoder of {text.vocab} "
+            "and "
+            f"width {text.width}, and a U-Net that reads a width of "
+            f"{unet.context_width} "
             "do not fit: take all from one model"
         )
     if positions > text.positions:
         raise ValueError(
-            f"{path}: the tokenizer fills {positions} positions, but the text encoder has "
+            f"{path}: the tokenizer fills {positions} positions, but the text encoder "
+            "has "
             f"{text.positions}: take both from one model"
         )
     return found
 
 
 class Parts(NamedTuple):
-    """What a Stable Diffusion is made of; size: (height, width) in pixels, in training."""
+    """What a Stable Diffusion is made of; size: (height, width) in pixels, in
+    training."""
 
     networks: dict[str, object]  # tokenizer, text_encoder, vae, unet
     schedule: Schedule
@@ -521,7 +537,8 @@ def load(
     """A Stable Diffusion from a diffusers folder, a file, or OWNER/NAME on the hub.
 
     dtype None: as in the file. layout: of convolutions. ema: the averaged copy of the
-    U-Net, if a file has both. vae: a file or folder with another VAE in the place of the
+    U-Net, if a file has both. vae: a file or folder with another VAE in the place of
+    the
     model's own. Raises a ValueError, one sentence, for whatever cannot be drawn with.
     """
     found = find_model(path)
@@ -546,9 +563,7 @@ def named(model: nn.Module, ldm: bool = False) -> dict[str, Tensor]:
     theirs, tensors = rules(model.config, ldm), {}
     for ours, tensor in model.state_dict().items():
         name = head + rename(ours, theirs)
-        conv = (
-            ".mid.attn_1." in name and tensor.ndim == 2
-        )  # theirs is a 1x1 convolution
+        conv = ".mid.attn_1." in name and tensor.ndim == 2  # theirs is 1x1
         tensors[name] = tensor[:, :, None, None] if conv else tensor
     return tensors
 

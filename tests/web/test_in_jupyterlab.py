@@ -80,11 +80,10 @@ def test_a_chapter_is_read_and_run_in_jupyterlab(browser, lab):
     assert figure.locator("output").inner_text() != before, "the slider moves nothing"
 
     # A solution is closed, opens with a click, and its code is folded to the line that names it.
-    exercise = scroll_to(page, ".jp-MarkdownCell h3", "Exercise 5.1.")
-    details = page.locator(".jp-MarkdownCell details", has_text="Solution").first
-    details.scroll_into_view_if_needed()
+    assert scroll_to(page, ".jp-MarkdownCell h3", "Exercise 5.1.")
+    details = scroll_to(page, ".jp-MarkdownCell details", "Solution")
     inside = details.locator("p").first
-    assert exercise.is_visible() and not inside.is_visible()
+    assert not inside.is_visible()
     details.locator("summary").click()
     assert inside.is_visible()
     folded = scroll_to(page, ".jp-CodeCell .jp-InputPlaceholder", "# Solution 5.")

@@ -1,4 +1,4 @@
-"""Sphinx extension: figures that code cells draw get a caption, words for those who cannot see them, and room on a phone.
+"""Sphinx extension: figures that code draws get a caption, words for those who cannot see them, and room on a phone.
 
 A caption is the paragraph in italics below a code cell, so that a notebook shows it, too.
 """
@@ -70,6 +70,24 @@ def dress_images(app: Sphinx, doctree: nodes.document, page: str) -> None:
             image.parent["classes"].append("wide-figure")
 
 
+class captioned(nodes.Element):
+    """<figure>, without the number that Sphinx gives to its own."""
+
+
+class figcaption(nodes.TextElement):
+    pass
+
+
+def begin(self: Any, node: nodes.Element) -> None:
+    tag = {captioned: "figure", figcaption: "figcaption"}[type(node)]
+    self.body.append(self.starttag(node, tag, ""))
+    self.context.append(f"</{tag}>\n")
+
+
+def end(self: Any, node: nodes.Element) -> None:
+    self.body.append(self.context.pop())
+
+
 def is_caption(node: nodes.Node) -> bool:
     """A paragraph that is in italics from end to end."""
     return isinstance(node, nodes.paragraph) and len(node) == 1 and isinstance(node[0], nodes.emphasis)
@@ -88,14 +106,16 @@ def add_captions(app: Sphinx, doctree: nodes.document, page: str) -> None:
             continue  # what is drawn in HTML keeps the paragraph
         image = images[-1]
         image = image.parent if "wide-figure" in image.parent["classes"] else image
-        figure = nodes.figure()
-        image.replace_self(figure)
+        figure = captioned()
+        image.parent.replace(image, figure)
         figure += image
-        figure += nodes.caption("", "", *paragraph[0].children)
+        figure += figcaption("", "", *paragraph[0].children)
         paragraph.parent.remove(paragraph)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
+    for node in (captioned, figcaption):
+        app.add_node(node, html=(begin, end), override=True)
     app.connect("doctree-resolved", dress_images, priority=900)
     app.connect("doctree-resolved", add_captions, priority=950)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

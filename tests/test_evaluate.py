@@ -31,6 +31,7 @@ from sdlearn.tiny.evaluate import (
 from sdlearn.tiny.judge import Judge
 from sdlearn.tiny.scenes import RELATIONS, parse, split_of
 from sdlearn.tiny.tasks import to_tensor
+from sdlearn.unet import UNet
 
 TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
 
@@ -187,7 +188,6 @@ def save_random_clip(folder):
 def untrained():
     from sdlearn.pipeline import StableDiffusion
     from sdlearn.tiny.recipe import SCHEDULE, UNET_SIZES, VAE_SIZES, make_clip
-    from sdlearn.unet import UNet
     from sdlearn.vae import VAE
 
     clip = make_clip()
@@ -265,7 +265,7 @@ def test_every_figure_of_the_shipped_model_is_printed_and_written(monkeypatch, t
 ])  # fmt: skip
 def test_wrong_wishes_are_told_before_the_work(words, sentence, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(evaluate.Judge, "forward", pytest.fail)
+    monkeypatch.setattr(UNet, "forward", lambda *words: pytest.fail("it begins to draw"))
     assert main(["evaluate", "--model", str(TINY), *words.format(folder=tmp_path).split()]) == 2
     told = capsys.readouterr().err
     assert sentence.format(folder=tmp_path) in told and told.count("\n") == 1

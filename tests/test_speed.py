@@ -16,13 +16,13 @@ from torch import nn
 
 from sdlearn import speed
 from sdlearn.attention import Attention
+from sdlearn.checkpoint.load import load_vae
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.speed import FastAttention, TiledVAE, compiled, faster, places, ramp, sliced_attention, tiled
 from sdlearn.tiny.scenes import parse
 from sdlearn.tiny.tasks import to_tensor
 from sdlearn.unet import UNet, UNetConfig, record_attention
 from sdlearn.vae import VAE
-from sdlearn.weights import load_vae
 
 TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
 

@@ -15,13 +15,12 @@ from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionImg2ImgPipeli
 from full_model import fill, full_checkpoint, reverse_inside
 from PIL import Image
 
-from sdlearn.files import read_tensors
-from sdlearn.fitting import empty
-from sdlearn.names import recognise
+from sdlearn.checkpoint.dialects import recognise
+from sdlearn.checkpoint.files import read_tensors
+from sdlearn.checkpoint.load import empty, load
 from sdlearn.pictures import to_tensor
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.unet import UNet, UNetConfig
-from sdlearn.weights import load
 
 pytestmark = pytest.mark.slow
 PROMPT, NEGATIVE = "a fox to the left of a green umbrella", "blurry"

@@ -49,7 +49,7 @@ def tree(tmp_path):
 
 def test_one_notebook_makes_two_modules(tree):
     changed, errors, package = tree({"05_vae": VAE_CELLS})
-    assert (sorted(changed), errors) == (["blocks", "vae"], [])
+    assert (sorted(changed), errors) == (["blocks.py", "vae.py"], [])
     vae = (package / "vae.py").read_text()
     assert vae == (
         '"""image <-> latents. Chapter 05.\n'
@@ -109,6 +109,19 @@ def test_two_notebooks_feed_one_module_in_book_order(tree):
     text = (package / "a.py").read_text()
     assert not errors and text.index("ONE = 1") < text.index("TWO = ONE + 1")
     assert "Exported from book/11_a.ipynb and book/12_b.ipynb by" in text
+
+
+def test_a_later_chapter_may_add_to_a_table_of_its_module(tree):
+    begin = ["#| default_exp samplers\n#| export\n'''a -> b.'''\nTABLE = {'a': 1}"]
+    go_on = ["#| default_exp samplers\n#| export\nTABLE |= {'b': 2}"]
+    _, errors, package = tree({"08_a": begin, "13_b": go_on})
+    assert not errors
+    exec((package / "samplers.py").read_text(), module := {})
+    assert module["TABLE"] == {"a": 1, "b": 2} and module["__all__"] == ["TABLE"]
+    _, errors, _ = tree({"13_b": [go_on[0].replace("TABLE", "OTHER")]})
+    assert errors == [
+        "13_b.ipynb, cell-000: 'OTHER' is added to, but no cell before exports it; begin it with 'OTHER ='"
+    ]
 
 
 def test_a_module_that_lost_its_notebook_is_named(tree):

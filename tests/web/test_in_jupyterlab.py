@@ -81,7 +81,7 @@ def test_a_chapter_is_read_and_run_in_jupyterlab(browser, lab):
 
     # A solution is closed, opens with a click, and its code is folded to the line that names it.
     assert scroll_to(page, ".jp-MarkdownCell h3", "Exercise 5.1.")
-    details = scroll_to(page, ".jp-MarkdownCell details", "Solution")
+    details = scroll_to(page, ".jp-MarkdownCell details", "What it shows")
     inside = details.locator("p").first
     assert not inside.is_visible()
     details.locator("summary").click()

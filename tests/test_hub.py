@@ -401,7 +401,8 @@ def test_other_addresses_have_no_checksum():
 
 
 def test_the_library_is_imported_only_here():
-    code = "import sys, sdlearn.checkpoint.hub, sdlearn.cli; sys.exit(bool({'huggingface_hub', 'torch'} & {*sys.modules}))"
+    code = "import sys, sdlearn.checkpoint.hub, sdlearn.cli"
+    code += "; sys.exit(bool({'huggingface_hub', 'torch'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -439,11 +439,8 @@ def read_tokenizer(
         model = model if isinstance(model, dict) else {}
         pairs, vocab = parse_merges(model.get("merges"), whole), model.get("vocab")
     config = {}
-    for name in (
-        "special_tokens_map.json",
-        "tokenizer_config.json",
-        "added_tokens.json",
-    ):
+    for name in ("special_tokens_map", "tokenizer_config", "added_tokens"):
+        name += ".json"
         there = (folder / name).exists()
         config[name] = read_json(folder / name) if there else {}
     added = find_added(folder, vocab, content, config)
@@ -464,9 +461,8 @@ def find_added(folder: Path, vocab: object, content: dict, config: dict) -> list
         found = {token: n for token, n in found.items() if vocab.get(token) != n}
         added = sorted(found, key=found.__getitem__)
         behind = list(range(len(vocab), len(vocab) + len(added)))
-        good = [found[token] for token in added] == behind and all(
-            map(str.strip, added)
-        )
+        ids = [found[token] for token in added]
+        good = ids == behind and all(map(str.strip, added))
     except (AttributeError, KeyError, TypeError, ValueError):
         good = False
     if not good:

@@ -156,6 +156,7 @@ GOOD = saved({"state_dict": {"lora_unet_x.lora_down.weight": torch.ones(4, 3)}})
 OLD = saved({"a": torch.ones(99)}, _use_new_zipfile_serialization=False)
 DUPLICATE = header(SMALL)[8:].replace(b"lora_up", b"lora_down")
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4265146304\n"
+ENDLESS = header(SMALL)[8:].replace(b"96]", b"9" * 9999 + b"]")
 HUGE = (2**62).to_bytes(8, "little") + b'{"a": 1}'
 PAGE = b"\n<!DOCTYPE html>\n<html><head><title>Not found</title></head><body>404</body></html>"
 DEEP = b"[" * 50_000 + b"]" * 50_000
@@ -176,13 +177,13 @@ FAULTS: dict[str, tuple[str, Maker, str]] = {  # what is wrong -> the file's nam
     "deep JSON": ("x.safetensors", safe(text=b'{"a": ' + DEEP + b"}"), "recursion limit exceeded"),
     "no table": ("x.safetensors", safe(text=b"[1, 2, 3, 4, 5, 6]"), "is damaged, invalid "),
     "bad metadata": ("x.safetensors", safe(lambda c: c.update(__metadata__={"a": 1})), "expected a string"),
-    "duplicate names": ("x.safetensors", safe(text=DUPLICATE), "invalid offset for tensor `lora_unet_x.lora_down.weight`"),
+    "duplicate names": ("x.safetensors", safe(text=DUPLICATE), "invalid offset for tensor `lora_unet_x.lora_down"),
     "no tensors": ("x.safetensors", safe(lambda content: content.clear(), 0), "holds no tensors"),
     "unknown type": ("x.safetensors", safe(entry(dtype="F23")), "unknown variant `F23`"),
     "negative shape": ("x.safetensors", safe(entry(shape=[-3, -4])), "invalid value: integer `-3`"),
-    "shape of words": ("x.safetensors", safe(entry(shape=["3", "4"])), "is damaged, invalid JSON in header: invalid type"),
+    "shape of words": ("x.safetensors", safe(entry(shape=["3", "4"])), "is damaged, invalid JSON in header: inva"),
     "monstrous shape": ("x.safetensors", safe(entry(shape=[10**18, 10**18])), "overflow computing buffer size"),
-    "number without end": ("x.safetensors", safe(text=header(SMALL)[8:].replace(b"96]", b"9" * 9999 + b"]")), "is damaged, invalid JSON"),
+    "number without end": ("x.safetensors", safe(text=ENDLESS), "is damaged, invalid JSON"),
     "overlap": ("x.safetensors", safe(entry(data_offsets=[40, 88])), "invalid offset for tensor"),
     "gap": ("x.safetensors", safe(entry(data_offsets=[50, 98])), "invalid offset for tensor"),
     "out of range": ("x.safetensors", safe(entry(shape=[3, 40], data_offsets=[48, 528])), "is damaged, in"),
@@ -296,7 +297,7 @@ OTHER_MODELS = {  # tensors of a sound file -> what is said of it
     "ControlNet of diffusers": ({"controlnet_down_blocks.0.bias": (1,)}, "is a ControlNet"),
     "textual inversion": ({"emb_params": (8, 768)}, "is a textual inversion"),
     "textual inversion of diffusers": ({"<cat-toy>": (768,)}, "is a textual inversion"),
-    "SD 2": ({"cond_stage_model.model.ln_final.bias": (1,), "model.diffusion_model.x": (1,)}, "is a Stable Diffusion 2"),
+    "SD 2": ({"cond_stage_model.model.ln_final.bias": (1,), "model.diffusion_model.x": (1,)}, "is a Stable Diffu"),
     "SDXL": ({"conditioner.embedders.0.x": (1,), "model.diffusion_model.x": (1,)}, "is an SDXL model"),
     "U-Net alone": ({"model.diffusion_model.out.2.bias": (4,)}, "is a U-Net alone"),
     "U-Net of a folder": ({"down_blocks.0.x": (1,), "up_blocks.0.x": (1,)}, "is a U-Net alone"),
@@ -388,7 +389,8 @@ def test_a_path_or_a_model_of_the_hub(refused, tmp_path):
     (tmp_path / "models").mkdir()
     for path in ("nowhere", "models/nowhere", "x.ckpt", "some/x.safetensors", "a/b/c", "../up", "/none/there"):
         said = refused("txt2img", "a cat", "--model", path, "-o", "out")
-        assert f"there is no model at {path}" in said and ": give a diffusers folder, a .safetensors or .ckpt file, or OW" in said
+        assert f"there is no model at {path}" in said
+        assert ": give a diffusers folder, a .safetensors or .ckpt file, or OWNER/NAME" in said
     said = refused("txt2img", "a cat", "--model", "some-one/some-model", "-o", "out")
     assert "there is no model at some-one/some-model, and from the hub: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE" in said
 

@@ -72,7 +72,7 @@ def ask_ours(sd: StableDiffusion, questions: Answers) -> Answers:
     dtype = sd.unet.conv_in.weight.dtype
     image, code, noisy = (questions[name].to(dtype) for name in ("image", "code", "noisy"))
     states, context = sd.text_encoder.hidden_states(tokens), sd.text_encoder(tokens)
-    moments = sd.vae.encode(image)
+    moments = sd.vae.unscaled(image)
     answers = {f"CLIP, hidden state {i}": state for i, state in enumerate(states)}
     answers |= {"CLIP, context": context, "VAE, mean": moments.mean, "VAE, logvar": moments.logvar}
     answers["VAE, decoded"] = sd.vae.decode(code)
@@ -98,7 +98,7 @@ def draw_ours(sd: StableDiffusion, name: str) -> np.ndarray:
     how = {"negative_prompt": NEGATIVE, "steps": steps, "cfg_scale": scale, "sampler": sampler, "seed": seed}
     if strength is None:
         return np.asarray(sd.txt2img(PROMPT, **how)[0])
-    return np.asarray(sd.img2img(PROMPT, start_picture(), strength, **how)[0])
+    return np.asarray(sd.img2img(PROMPT, start_picture(), strength=strength, **how)[0])
 
 
 def draw_theirs(pipe: StableDiffusionPipeline, name: str) -> np.ndarray:

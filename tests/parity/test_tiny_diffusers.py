@@ -62,7 +62,7 @@ def test_every_part_is_equal(both):
 def test_the_same_picture_from_the_same_latents(both):
     ours, theirs = both
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    mine = ours.txt2img(PROMPT, "a cat", steps=10, sampler="ddim", latents=latents)[0]
+    mine = ours.txt2img(PROMPT, negative_prompt="a cat", steps=10, sampler="ddim", latents=latents)[0]
     other = theirs(PROMPT, negative_prompt="a cat", num_inference_steps=10, guidance_scale=7.5, latents=latents).images[
         0
     ]
@@ -111,23 +111,24 @@ def test_transformers_reads_clip(folder):
 
 @pytest.mark.parametrize("shards", [False, True], ids=["whole", "sharded"])
 def test_what_todays_libraries_save_draws_their_picture(both, tmp_path, shards):
-    """Saved by the pinned diffusers and transformers: tokenizer.json alone, other names, perhaps cut into several files."""
+    """Saved by the pinned diffusers and transformers: tokenizer.json alone, other names, perhaps several files."""
     ours, theirs = both
     theirs.save_pretrained(tmp_path, **({"max_shard_size": "5MB"} if shards else {}))
-    assert sorted(path.name for path in (tmp_path / "tokenizer").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    names = sorted(path.name for path in (tmp_path / "tokenizer").iterdir())
+    assert names == ["tokenizer.json", "tokenizer_config.json"]
     assert (len([*(tmp_path / "unet").glob("*.safetensors")]) > 3) == shards
     loaded = StableDiffusion.load(tmp_path, device="cpu", dtype=torch.float32)
     for name, network in ours.networks().items():
         mine = loaded.networks()[name].state_dict()
         assert all(torch.equal(value, mine[key]) for key, value in network.state_dict().items()), name
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    mine = loaded.txt2img(PROMPT, "a cat", steps=6, sampler="ddim", latents=latents)[0]
+    mine = loaded.txt2img(PROMPT, negative_prompt="a cat", steps=6, sampler="ddim", latents=latents)[0]
     other = theirs(PROMPT, negative_prompt="a cat", num_inference_steps=6, guidance_scale=7.5, latents=latents)
     assert np.asarray(mine).std() > 5 and far(mine, other.images[0]) <= 2
 
 
 @pytest.mark.parametrize("change", [{"beta_schedule": "squaredcos_cap_v2"}, {"prediction_type": "v_prediction"},
-    {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, {"steps_offset": 0}, {"set_alpha_to_one": True}],
+    {"rescale_betas_zero_snr": True}, {"steps_offset": 0}, {"set_alpha_to_one": True}],
     ids=["cosine", "v", "zero SNR", "offset 0", "ends clean"])  # fmt: skip
 def test_where_only_the_schedule_differs(folder, tmp_path, change):
     """The networks are the same; both libraries read another scheduler_config.json and draw the same."""
@@ -141,10 +142,6 @@ def test_where_only_the_schedule_differs(folder, tmp_path, change):
     theirs = StableDiffusionPipeline.from_pretrained(here, safety_checker=None, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    mine = ours.txt2img(PROMPT, "a cat", steps=5, sampler="ddim", latents=latents)[0]
+    mine = ours.txt2img(PROMPT, negative_prompt="a cat", steps=5, sampler="ddim", latents=latents)[0]
     other = theirs(PROMPT, negative_prompt="a cat", num_inference_steps=5, guidance_scale=7.5, latents=latents)
-    print(far(mine, other.images[0]))
-    if "timestep_spacing" in change:  # there DDIM of ours steps to the next time of the list, on purpose
-        assert np.asarray(mine).std() > 5
-    else:
-        assert far(mine, other.images[0]) <= 2
+    assert np.asarray(mine).std() > 5 and far(mine, other.images[0]) <= 2

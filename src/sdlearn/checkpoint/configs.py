@@ -15,6 +15,8 @@ from sdlearn.unet import UNetConfig
 from sdlearn.vae import VAEConfig
 
 __all__ = [
+    "NOTHING",
+    "SWITCHED_OFF",
     "UNET_ALWAYS",
     "VAE_ALWAYS",
     "CLIP_ALWAYS",
@@ -51,18 +53,16 @@ __all__ = [
 ]
 
 # What our classes always do. A file that says otherwise is another model.
+NOTHING = (  # what is absent in our U-Net
+    "addition_embed_type class_embed_type num_class_embeds encoder_hid_dim "
+    "encoder_hid_dim_type time_cond_proj_dim mid_block_only_cross_attention "
+    "cross_attention_norm time_embedding_dim time_embedding_act_fn timestep_post_act"
+)
+SWITCHED_OFF = (
+    "use_linear_projection only_cross_attention dual_cross_attention "
+    "center_input_sample resnet_skip_time_act"
+)
 UNET_ALWAYS = {
-    "addition_embed_type": None,
-    "use_linear_projection": False,
-    "class_embed_type": None,
-    "num_class_embeds": None,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "time_cond_proj_dim": None,
-    "only_cross_attention": False,
-    "mid_block_only_cross_attention": None,
-    "dual_cross_attention": False,
-    "cross_attention_norm": None,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "transformer_layers_per_block": 1,
     "attention_type": "default",
@@ -70,18 +70,15 @@ UNET_ALWAYS = {
     "norm_eps": 1e-5,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
-    "center_input_sample": False,
     "downsample_padding": 1,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
     "mid_block_scale_factor": 1,
     "resnet_time_scale_shift": "default",
-    "resnet_skip_time_act": False,
     "resnet_out_scale_factor": 1.0,
     "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "time_embedding_act_fn": None,
-    "timestep_post_act": None,
+    **dict.fromkeys(NOTHING.split()),
+    **dict.fromkeys(SWITCHED_OFF.split(), False),
 }
 
 

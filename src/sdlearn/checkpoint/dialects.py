@@ -162,7 +162,7 @@ VAE_ATTENTION = (  # each line: what it has been called over the years
     ("to_v", "value", "v"),
     ("to_out.0", "to_out", "proj_attn", "proj_out"),
 )
-PREFIXES = {  # how the names of a network may begin, in a file of its own or with others
+PREFIXES = {  # how the names of a network may begin, alone or with others
     "unet": ("model.diffusion_model.", "unet.", ""),
     "vae": ("first_stage_model.", "vae.", ""),
     "text_encoder": (

@@ -31,7 +31,7 @@ WANTED = "give sd15, OWNER/NAME, OWNER/NAME/FILE or an address on huggingface.co
 NEEDED = ("unet", "vae", "text_encoder")
 FOLDERS = (*NEEDED, "tokenizer", "scheduler", "text_encoder_2", "tokenizer_2")
 SMALL = (".json", ".txt")  # what a model folder has beside its weights
-TRIES = 5  # of a connection that breaks
+TRIES = 6  # of a connection that breaks
 FILES = (".safetensors", ".sft", ".ckpt", ".bin", ".pt", ".pth")
 
 

@@ -427,8 +427,7 @@ def read_tokenizer(
     if not whole.exists() and not merges.exists():
         raise ValueError(
             f"{folder} holds no tokenizer: tokenizer.json, or vocab.json and "
-            "merges.txt, "
-            "are wanted, so copy it again"
+            "merges.txt, are wanted, so copy it again"
         )
     content = read_json(whole) if whole.exists() else {}
     if merges.exists():
@@ -468,8 +467,7 @@ def find_added(folder: Path, vocab: object, content: dict, config: dict) -> list
     if not good:
         raise ValueError(
             f"{folder} adds tokens that do not follow on its vocabulary of "
-            f"{len(vocab)}: "
-            "copy it again"
+            f"{len(vocab)}: copy it again"
         )
     return added
 

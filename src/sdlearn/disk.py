@@ -94,9 +94,7 @@ def explained(path: str | Path) -> Iterator[None]:
     """Say in one sentence why `path` cannot be written, whichever library found out."""
     try:
         yield
-    except (
-        Exception
-    ) as error:  # safetensors and torch have errors of their own for this
+    except Exception as error:  # safetensors and torch have errors of their own
         code, text = getattr(error, "errno", None), str(error)
         if code in (errno.ENOSPC, errno.EDQUOT) or any(word in text for word in FULL):
             raise ValueError(

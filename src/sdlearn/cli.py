@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def printable(text: object) -> str:
-    """Text for a terminal: what would move its cursor or change its title is escaped."""
+    """Text for a terminal: what would move its cursor or set its title is escaped."""
     return "".join(
         c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text)
     )
@@ -193,7 +193,7 @@ def make_parser(argv: Sequence[str]) -> Parser:
 
     download = commands.add_parser("download", help="a model from the hub, checked")
     download.add_argument("model", metavar="MODEL",
-                          help="sd15, OWNER/NAME, OWNER/NAME/FILE or an address")  # fmt: skip
+                          help="sd15, OWNER/NAME, OWNER/NAME/FILE, an address")  # fmt: skip
     download.add_argument("-o", "--output", default=DOWNLOADS, metavar="FOLDER",
                           help=f"({DOWNLOADS}/)")  # fmt: skip
     others = {
@@ -209,7 +209,7 @@ def make_parser(argv: Sequence[str]) -> Parser:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; prompts may stand anywhere, and a negative prompt may begin with -."""
+    """The arguments; prompts stand anywhere, and a negative one may begin with -."""
     argv, parser = list(argv), make_parser(argv)
     for i, word in enumerate(argv[:-1]):
         if word == "--negative-prompt" and re.match(r"-[^-].", argv[i + 1]):
@@ -299,7 +299,7 @@ def save_all(
     output: Path,
     stem: str,
 ) -> list[Path]:
-    """Write PNGs under the next free numbers (stem-0001.png), or under the name given."""
+    """Write PNGs under the next free numbers (stem-0001.png), or a name given."""
     from sdlearn.pictures import save_png
 
     one = is_file(output)
@@ -354,8 +354,8 @@ def run_demo(args: argparse.Namespace) -> None:
 
     if is_file(args.output):
         raise ValueError(
-            f"output {args.output} is a file name, but the demo writes several pictures: "
-            "give a folder"
+            f"output {args.output} is a file name, but the demo writes several "
+            "pictures: give a folder"
         )
     check_output(args.output, 5)
     with stage("loading the model, with PyTorch"):
@@ -378,7 +378,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 
     if not args.path:
         raise ValueError(
-            "the path is empty: give a .safetensors or .ckpt file, or a diffusers folder"
+            "the path is empty: give a .safetensors or .ckpt file, or a folder"
         )
     found = inspect(find_model(args.path))
     print(to_json(found) if args.json else printable(to_text(found)))
@@ -436,10 +436,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("\nsdlearn: interrupted")
         return 130
     except BrokenPipeError:  # whoever read our lines has gone
-        silence(sys.stdout)
+        pass
     except (ImportError, OSError, ValueError, MemoryError, RuntimeError) as error:
         say(f"sdlearn: {explain(error)}")
         return 2
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            Stream(stream).flush()
     return 0
 
 

@@ -193,7 +193,7 @@ def make_parser(argv: Sequence[str]) -> Parser:
 
     download = commands.add_parser("download", help="a model from the hub, checked")
     download.add_argument("model", metavar="MODEL",
-                          help="sd15, OWNER/NAME, OWNER/NAME/FILE, an address")  # fmt: skip
+                          help="sd15, OWNER/NAME, OWNER/NAME/FILE, address")  # fmt: skip
     download.add_argument("-o", "--output", default=DOWNLOADS, metavar="FOLDER",
                           help=f"({DOWNLOADS}/)")  # fmt: skip
     others = {

@@ -2,6 +2,8 @@
 Exported from book/12_pipeline.ipynb by `make export`; edit it there.
 """
 
+from itertools import pairwise
+
 import torch
 from PIL import Image
 
@@ -21,7 +23,7 @@ def draw_by_hand(
     dice = torch.Generator().manual_seed(seed)
     xt = torch.randn(1, 4, height, width, generator=dice)
     levels = model.schedule.levels(steps, clean=False)  # 20: t = 951, 901 ... 1, 0
-    for now, then in zip(levels, levels[1:]):
+    for now, then in pairwise(levels):
         both = torch.cat([xt, xt])  # the same noise for both
         uncond, cond = part["unet"](both, now.t, context).chunk(2)  # (1, 4, h, w) each
         output = uncond + scale * (cond - uncond)

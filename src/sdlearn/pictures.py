@@ -2,8 +2,10 @@
 Exported from book/12_pipeline.ipynb by `make export`; edit it there.
 """
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ __all__ = [
     "LARGEST_FILE",
     "check_input_size",
     "upright",
+    "damage_told",
     "open_image",
     "eight_bits",
     "to_tensor",
@@ -37,7 +40,7 @@ LARGEST_FILE = 2**30  # bytes
 
 
 def check_input_size(image: Image.Image) -> None:
-    """Refuse what would fill the memory, before it is unpacked."""
+    """Refuse what is too large before it is unpacked."""
     if max(image.size) > LARGEST_INPUT or min(image.size) < 1:
         size = "x".join(map(str, image.size))
         raise ValueError(
@@ -54,6 +57,20 @@ def upright(image: Image.Image) -> Image.Image:
         return image
 
 
+@contextlib.contextmanager
+def damage_told(path: str | Path) -> Iterator[None]:
+    """Foreign bytes fail in many ways; each is one sentence."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        why = str(error) if "cannot identify" not in str(error) else "another format"
+        raise ValueError(
+            f"{path} cannot be read as a picture ({why}): give a PNG or a JPEG, say"
+        ) from None
+
+
 def open_image(path: str | Path) -> Image.Image:
     """A picture file, read to its end, upright; every way to fail is one sentence.
 
@@ -62,18 +79,13 @@ def open_image(path: str | Path) -> Image.Image:
     if not Path(path).exists():
         raise ValueError(f"there is no picture at {path}")
     check_plain(path, LARGEST_FILE)
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            check_input_size(image)
+    with damage_told(path):
+        image = Image.open(path, formats=FORMATS)
+    with image:
+        check_input_size(image)
+        with damage_told(path):
             image.load()
             return upright(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # foreign bytes fail in many ways
-        why = str(error) if "cannot identify" not in str(error) else "another format"
-        raise ValueError(
-            f"{path} cannot be read as a picture ({why}): give a PNG or a JPEG, say"
-        ) from None
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

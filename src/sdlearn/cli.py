@@ -192,8 +192,9 @@ def make_parser(argv: Sequence[str]) -> Parser:
     inspect.add_argument("--json", action="store_true", help="for programs")
 
     download = commands.add_parser("download", help="a model from the hub, checked")
-    download.add_argument("model", metavar="MODEL",
-                          help="sd15, OWNER/NAME, OWNER/NAME/FILE, address")  # fmt: skip
+    download.add_argument(
+        "model", metavar="MODEL", help="sd15, OWNER/NAME, OWNER/NAME/FILE, address"
+    )
     download.add_argument("-o", "--output", default=DOWNLOADS, metavar="FOLDER",
                           help=f"({DOWNLOADS}/)")  # fmt: skip
     others = {

@@ -88,15 +88,19 @@ def test_no_program_is_started(tmp_path, monkeypatch):
 
     from PIL import EpsImagePlugin
 
-    def started(*args, **kwargs):
-        raise AssertionError("a program was started")
+    started = []
+
+    def start(*args, **kwargs):
+        started.append(args)
+        raise OSError("no program here")
 
     for module, name in ((subprocess, "Popen"), (os, "system"), (EpsImagePlugin, "Ghostscript")):
-        monkeypatch.setattr(module, name, started)
+        monkeypatch.setattr(module, name, start)
     header = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
     (tmp_path / "e.png").write_text(header)
     with pytest.raises(ValueError, match="cannot be read as a picture"):
         open_image(tmp_path / "e.png")
+    assert not started
 
 
 def test_damaged_files_are_one_sentence(tmp_path):

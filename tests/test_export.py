@@ -126,6 +126,19 @@ def test_two_notebooks_feed_one_module_in_book_order(tree):
     assert "Exported from book/11_a.ipynb and book/12_b.ipynb by" in text
 
 
+def test_a_later_chapter_may_add_to_a_table_of_its_module(tree):
+    begin = ["#| default_exp samplers\n#| export\n'''a -> b.'''\nTABLE = {'a': 1}"]
+    go_on = ["#| default_exp samplers\n#| export\nTABLE |= {'b': 2}"]
+    _, errors, package = tree({"08_a": begin, "13_b": go_on})
+    assert not errors
+    exec((package / "samplers.py").read_text(), module := {})
+    assert module["TABLE"] == {"a": 1, "b": 2} and module["__all__"] == ["TABLE"]
+    _, errors, _ = tree({"13_b": [go_on[0].replace("TABLE", "OTHER")]})
+    assert errors == [
+        "13_b.ipynb, cell-000: 'OTHER' is added to, but no cell before exports it; begin it with 'OTHER ='"
+    ]
+
+
 def test_a_module_that_lost_its_notebook_is_named(tree):
     _, _, package = tree({"05_vae": VAE_CELLS})
     (package / "old.py").write_text((package / "vae.py").read_text())

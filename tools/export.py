@@ -24,7 +24,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "by `make export`; edit it there."
-DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.AugAssign)
 
 
 class ExportError(ValueError):
@@ -58,7 +58,9 @@ def directives(source: str) -> tuple[dict[str, str], str]:
 
 
 def defined_names(node: ast.stmt) -> list[str]:
-    """The names that one top-level definition binds."""
+    """The names that one top-level definition binds; `SAMPLERS |= {...}` binds none, it adds to one that is there."""
+    if isinstance(node, ast.AugAssign):
+        return []
     if not isinstance(node, (ast.Assign, ast.AnnAssign)):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -86,6 +88,8 @@ def add_cell(module: Module, code: str) -> None:
             lifted.update(span)
         elif isinstance(node, DEFINITIONS):
             names = defined_names(node)
+            if isinstance(node, ast.AugAssign) and (table := ast.unparse(node.target)) not in module.names:
+                raise ExportError(f"'{table}' is added to, but no cell before exports it; begin it with '{table} ='")
             if twice := set(names) & set(module.names):
                 raise ExportError(f"'{min(twice)}' is exported for the second time; give one of them another name")
             module.names.extend(names)

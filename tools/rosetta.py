@@ -271,11 +271,11 @@ unet.GEGLU | diffusers.models.attention.FeedForward | `FeedForward` | GEGLU | 07
 unet.Stage | | `TimestepEmbedSequential` | | 07
 schedule.Schedule | diffusers.DDPMScheduler.config | `DDPM.register_schedule` | $\beta_t$, $\bar\alpha_t$ | 08
 schedule.add_noise | diffusers.DDPMScheduler.add_noise | `DDPM.q_sample` | $q(x_t \mid x_0)$ | 08
-schedule.predict_x0 | | `DDPM.predict_start_from_noise` | $\hat x_0$ | 08
-ddpm.posterior | | `DDPM.q_posterior` | $q(x_{t-1} \mid x_t, x_0)$ | 08
-ddpm.ddpm_step | diffusers.DDPMScheduler.step | `DDPM.p_sample` | $p_\theta(x_{t-1} \mid x_t)$ | 08
-ddpm.ddim_step | diffusers.DDIMScheduler.step | `DDIMSampler.p_sample_ddim` | | 08
-ddpm.kept_timesteps | diffusers.StableDiffusionImg2ImgPipeline.get_timesteps | `t_enc` | $t_0$ | 08
+prediction.Prediction.split | | `DDPM.predict_start_from_noise` | $\hat x_0$ | 08
+samplers.Leg.of | | `DDPM.q_posterior` | $q(x_{t-1} \mid x_t, x_0)$ | 08
+samplers.go | diffusers.DDIMScheduler.step | `DDIMSampler.p_sample_ddim` | $p_\theta(x_{t-1} \mid x_t)$ | 08
+samplers.sample | | `DDPM.p_sample_loop` | | 08
+samplers.keep | diffusers.StableDiffusionImg2ImgPipeline.get_timesteps | `t_enc` | $t_0$ | 08
 training.Average | diffusers.training_utils.EMAModel | `LitEma` | | 09
 tasks.DenoiseTask | | `DDPM.p_losses` | $L_{\text{simple}}$ | 09
 guidance.guide | | `DDIMSampler.p_sample_ddim` | $\tilde\varepsilon$ | 10
@@ -323,12 +323,13 @@ clip.CLIPTextConfig.width | hidden_size | |  | 03
 clip.CLIPTextConfig.layers | num_hidden_layers | |  | 03
 clip.CLIPTextConfig.heads | num_attention_heads | |  | 03
 schedule.Schedule.steps | num_train_timesteps | `timesteps` | $T$ | 08
-schedule.Schedule.beta_start | beta_start | `linear_start` | $\beta_1$ | 08
-schedule.Schedule.beta_end | beta_end | `linear_end` | $\beta_T$ | 08
-schedule.Schedule.kind | beta_schedule | `beta_schedule` | | 08
-schedule.Schedule.prediction | prediction_type | `parameterization` | | 08
+schedule.Schedule.betas | trained_betas | `given_betas` | $\beta_t$ | 08
+schedule.scaled_linear(start) | beta_start | `linear_start` | $\beta_1$ | 08
+schedule.scaled_linear(end) | beta_end | `linear_end` | $\beta_T$ | 08
+prediction.Prediction.name | prediction_type | `parameterization` | | 08
 schedule.Schedule.spacing | timestep_spacing | `ddim_discretize` | | 08
 schedule.Schedule.offset | steps_offset | |  | 08
+schedule.Schedule.ends_clean | set_alpha_to_one | |  | 08
 """
 
 

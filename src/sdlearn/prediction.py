@@ -30,13 +30,11 @@ EPSILON = Prediction(  # the noise: Ho et al. 2020, SD 1
     split=lambda xt, eps, at: ((xt - at.sigma * eps) / at.alpha, eps),
 )
 
-
 SAMPLE = Prediction(  # the picture
     "sample",
     target=lambda x0, noise, at: x0,
     split=lambda xt, x0, at: (x0, (xt - at.alpha * x0) / at.sigma),
 )
-
 
 V = Prediction(  # Salimans & Ho 2022, appendix D; SD 2
     "v_prediction",
@@ -46,6 +44,5 @@ V = Prediction(  # Salimans & Ho 2022, appendix D; SD 2
         at.sigma * xt + at.alpha * v,
     ),
 )
-
 
 PREDICTIONS = {prediction.name: prediction for prediction in (EPSILON, SAMPLE, V)}

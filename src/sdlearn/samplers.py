@@ -1,5 +1,6 @@
 """Noise -> picture, level after level: one loop, and what each sampler aims at.
 Exported from book/08_ddpm.ipynb by `make export`; edit it there.
+
 Chapters 08 and 13.
 """
 
@@ -7,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -25,13 +27,13 @@ __all__ = [
     "Sampler",
     "SAMPLERS",
     "find_sampler",
-    "draw_noise",
-    "Step",
-    "sample",
     "check_eta",
+    "draw_noise",
     "Noise",
+    "Step",
     "go",
     "walk",
+    "sample",
     "keep",
 ]
 
@@ -60,6 +62,7 @@ class Point(NamedTuple):
 
     @property
     def eps(self) -> Tensor:
+        """The noise in xt, if the guess is right."""
         return self.towards(self.x0)
 
     def towards(self, x0: Tensor) -> Tensor:
@@ -89,10 +92,8 @@ class Leg(NamedTuple):
         return cls(start, end, math.sqrt(max(end**2 - up**2, 0)), up)
 
 
-Look = Callable[[Tensor, Leg], Point]
-
-
-Better = Callable[[list[Point], Leg, Look], Tensor]
+Look = Callable[[Tensor, Leg], Point]  # where one comes to, aiming at x0, by a leg
+Better = Callable[[list[Point], Leg, Look], Tensor]  # past, the newest first -> x0
 
 
 def euler(past: list[Point], leg: Leg, look: Look) -> Tensor:
@@ -108,6 +109,7 @@ class Sampler:
     eta: how much fresh noise, from 0 (none) to 1 (as much as DDPM); None: it cannot.
     clean: it ends at the clean picture, else where the schedule says.
     label: its name in other programs' pictures. about: one line for a list.
+    correct: past -> the latents here, once more, now that it has seen this level.
     """
 
     better: Better
@@ -124,12 +126,27 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def find_sampler(name: str) -> Sampler:
+def find_sampler(name: object) -> Sampler:
     """A sampler by its name; an unknown name gets the list."""
     if not isinstance(name, str) or name not in SAMPLERS:
         known = ", ".join(SAMPLERS)
         raise ValueError(f"sampler {name!r} is unknown; choose one of {known}")
     return SAMPLERS[name]
+
+
+def check_eta(sampler: Sampler, eta: float | None) -> float:
+    """The eta to draw with; None is the sampler's own."""
+    if eta is None:
+        return sampler.eta or 0.0
+    if not isinstance(eta, Real) or isinstance(eta, bool) or not 0 <= eta <= 1:
+        raise ValueError(
+            f"eta is {eta!r}; give a number from 0 (no fresh noise) to 1 (as DDPM)"
+        )
+    if eta and sampler.eta is None:
+        raise ValueError(
+            f"{sampler.label} adds no fresh noise: leave eta out, or give 0"
+        )
+    return float(eta)
 
 
 def draw_noise(
@@ -138,8 +155,8 @@ def draw_noise(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Standard normal noise, drawn on the CPU, then moved: a seed means the same picture
-    on every device.
+    """Standard normal noise, drawn on the CPU and then moved: a seed means the same
+    picture on every device.
 
     With a sequence of generators, one for each picture, a picture does not depend on
     its neighbours in the batch.
@@ -153,54 +170,6 @@ def draw_noise(
         )
     noise = [torch.randn(*shape[1:], generator=g) for g in generator]
     return torch.stack(noise).to(device=device, dtype=dtype)
-
-
-class Step(NamedTuple):
-    """What `sample` shows after each step: its index, the time that it left, the latents
-    where it arrived, and x0 as it was guessed at t."""
-
-    index: int
-    t: float
-    latents: Tensor
-    x0: Tensor
-
-
-def sample(
-    denoise: Denoiser,
-    latents: Tensor,
-    levels: Sequence[Level],
-    sampler: str | Sampler = "ddpm",
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    eta: float | None = None,
-) -> Iterator[Step]:
-    """Walk latents (B,...) down the levels; yields a `Step` after each.
-
-    levels: of `schedule.levels(n)`, or the last of them for image-to-image (`keep`).
-    eta: None is the sampler's own. It keeps gradients; draw pictures under
-    `torch.inference_mode()`.
-    """
-    sampler = find_sampler(sampler) if isinstance(sampler, str) else sampler
-    ratios = [level.ratio for level in levels]
-    if len(ratios) < 2 or any(a <= b for a, b in pairwise(ratios)):
-        raise ValueError(
-            "levels have to descend, two or more of them; take schedule.levels(n)"
-        )
-    return walk(denoise, latents, levels, sampler, generator, check_eta(sampler, eta))
-
-
-def check_eta(sampler: Sampler, eta: float | None) -> float:
-    """The eta to draw with."""
-    if eta is None:
-        return sampler.eta or 0.0
-    if not isinstance(eta, int | float) or isinstance(eta, bool) or not 0 <= eta <= 1:
-        raise ValueError(
-            f"eta is {eta!r}; give a number from 0 (no fresh noise) to 1 (as DDPM)"
-        )
-    if eta and sampler.eta is None:
-        raise ValueError(
-            f"{sampler.label} adds no fresh noise: leave eta out, or give 0"
-        )
-    return float(eta)
 
 
 class Noise:
@@ -220,6 +189,16 @@ class Noise:
             noise = share**0.5 * first + (1 - share) ** 0.5 * noise
         self.before = length, noise
         return noise
+
+
+class Step(NamedTuple):
+    """What `sample` shows after each step: its index, the time that it left, the
+    latents where it arrived, and x0 as it was guessed at t."""
+
+    index: int
+    t: float
+    latents: Tensor
+    x0: Tensor
 
 
 def go(here: Point, x0: Tensor, leg: Leg, end: Level, noise: Noise) -> Tensor:
@@ -250,8 +229,33 @@ def walk(
             return Point(level, there, denoise(there, level))
 
         leg = Leg.of(start.ratio, end.ratio, eta)
-        xt = go(past[0], sampler.better(past, leg, look), leg, end, noise)
+        x0 = sampler.better(past, leg, look) if leg.end < leg.start else seen.x0
+        xt = go(past[0], x0, leg, end, noise)
         yield Step(index, start.t, xt, seen.x0)
+
+
+def sample(
+    denoise: Denoiser,
+    latents: Tensor,
+    levels: Sequence[Level],
+    sampler: str | Sampler = "ddpm",
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    eta: float | None = None,
+) -> Iterator[Step]:
+    """Walk latents (B,...) down the levels; yields a `Step` after each.
+
+    levels: of `schedule.levels(n)`, or the last of them for image-to-image (`keep`).
+    eta: None is the sampler's own. It keeps gradients; draw pictures under
+    `torch.inference_mode()`.
+    """
+    sampler = sampler if isinstance(sampler, Sampler) else find_sampler(sampler)
+    *visited, last = [level.ratio for level in levels] or [0]
+    falling = visited and all(a > b for a, b in pairwise(visited))
+    if not falling or last > visited[-1]:
+        raise ValueError(
+            "levels have to descend, two or more of them; take schedule.levels(n)"
+        )
+    return walk(denoise, latents, levels, sampler, generator, check_eta(sampler, eta))
 
 
 def keep(levels: Sequence[Level], strength: float) -> list[Level]:
@@ -259,7 +263,7 @@ def keep(levels: Sequence[Level], strength: float) -> list[Level]:
 
     Noise is added at the first level that is kept (Meng et al. 2022, section 3).
     """
-    number = isinstance(strength, int | float) and not isinstance(strength, bool)
+    number = isinstance(strength, Real) and not isinstance(strength, bool)
     if not number or not 0 < strength <= 1:  # NaN fails here too
         raise ValueError(
             f"strength is {strength!r}; "

@@ -5,6 +5,7 @@ Exported from book/08_ddpm.ipynb by `make export`; edit it there.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -14,16 +15,20 @@ from torch import Tensor
 __all__ = [
     "Level",
     "CLEAN",
-    "scaled_linear",
     "linear",
+    "scaled_linear",
     "cosine",
     "zero_terminal_snr",
+    "is_whole",
+    "check_betas",
     "Schedule",
+    "level_at",
     "Spacing",
     "leading",
     "trailing",
     "linspace",
     "SPACINGS",
+    "find_spacing",
     "add_noise",
 ]
 
@@ -48,16 +53,16 @@ class Level(NamedTuple):
 CLEAN = Level(0.0, 1.0, 0.0)  # the picture itself
 
 
+def linear(steps: int = 1000, start: float = 0.0001, end: float = 0.02) -> Tensor:
+    """Betas (steps,) that grow evenly: those of Ho et al. 2020, section 4."""
+    return torch.linspace(start, end, steps, dtype=torch.float32)
+
+
 def scaled_linear(
     steps: int = 1000, start: float = 0.00085, end: float = 0.012
 ) -> Tensor:
     """Betas (steps,) whose square roots grow evenly: Stable Diffusion's."""
     return linear(steps, start**0.5, end**0.5) ** 2
-
-
-def linear(steps: int = 1000, start: float = 0.0001, end: float = 0.02) -> Tensor:
-    """Betas (steps,) that grow evenly: those of Ho et al. 2020, section 4."""
-    return torch.linspace(start, end, steps, dtype=torch.float32)
 
 
 def cosine(steps: int = 1000) -> Tensor:
@@ -72,6 +77,25 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
     root = (1 - betas).cumprod(0).sqrt()
     kept = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     return 1 - torch.cat([kept[:1], kept[1:] / kept[:-1]])
+
+
+def is_whole(value: object, least: int, most: float) -> bool:
+    """A whole number in a range, of Python's or NumPy's kind?"""
+    return (
+        isinstance(value, Integral)
+        and not isinstance(value, bool)
+        and least <= int(value) <= most
+    )
+
+
+def check_betas(betas: object) -> None:
+    """Refuse what cannot be the betas of a schedule."""
+    several = isinstance(betas, Tensor) and betas.ndim == 1 and len(betas) >= 2
+    if not several or not ((betas > 0) & (betas <= 1)).all():
+        raise ValueError(
+            "betas have to be a tensor of two or more numbers above 0 and up to 1, "
+            "each the share of noise that one step mixes in; take scaled_linear()"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,22 +114,10 @@ class Schedule:
     ends_clean: bool = False
 
     def __post_init__(self):
-        betas = self.betas
-        whole = isinstance(betas, Tensor) and betas.ndim == 1 and len(betas) >= 2
-        if not whole or not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError(
-                "betas have to be a tensor of two or more numbers above 0 and up to 1, "
-                "each the share of noise that one step mixes in; take scaled_linear()"
-            )
-        if self.spacing not in SPACINGS:
-            known = ", ".join(SPACINGS)
-            raise ValueError(
-                f"spacing {self.spacing!r} is unknown; choose one of {known}"
-            )
-        if type(self.offset) is not int or self.offset < 0:
-            raise ValueError(
-                f"offset is {self.offset!r}; give a whole number, 0 or more"
-            )
+        check_betas(self.betas)
+        find_spacing(self.spacing)
+        if not is_whole(self.offset, 0, np.inf):
+            raise ValueError(f"offset {self.offset!r}: give a whole number, 0 or more")
 
     @property
     def steps(self) -> int:
@@ -119,59 +131,48 @@ class Schedule:
 
     @cached_property
     def log_snr(self) -> np.ndarray:
-        """(T,) float64, falling: log(alpha_bar / (1 - alpha_bar)).
-
-        A schedule that ends in pure noise has 2**-24 in the place of its last alpha_bar,
-        as in diffusers: then every level has a signal that one can divide by.
-        """
-        kept = self.alpha_bar.double().clamp(min=2.0**-24)
-        return kept.logit().numpy()
+        """(T,) float64, falling. An alpha_bar of 0 counts as 2**-24, as in diffusers:
+        every level then has a signal that one can divide by."""
+        return self.alpha_bar.double().clamp(min=2.0**-24).logit().numpy()
 
     def at(self, t: float | Tensor) -> Level:
-        """The level at a time from 0 to T - 1, or at a batch of times (B,).
-
-        Between two training times, log SNR is interpolated.
-        """
-        times = np.asarray(t.cpu() if isinstance(t, Tensor) else t, dtype=np.float64)
-        if not ((times >= 0) & (times <= self.steps - 1)).all():
-            worst = times.flat[np.abs(times - self.steps / 2).argmax()]
-            raise ValueError(f"t is {worst:g}; times go from 0 to {self.steps - 1}")
-        kept = 1 / (1 + np.exp(-np.interp(times, np.arange(self.steps), self.log_snr)))
-        alpha, sigma = np.sqrt(kept), np.sqrt(1 - kept)
-        if times.ndim == 0:
-            return Level(float(times), float(alpha), float(sigma))
-        alpha, sigma = (
-            torch.from_numpy(x).float().to(t.device).view(-1, 1, 1, 1)
-            for x in (alpha, sigma)
-        )
-        return Level(t, alpha, sigma)
+        """The level at a time from 0 to T - 1, or at a batch of times (B,)."""
+        return level_at(self.log_snr, t)
 
     def at_ratio(self, ratio: float) -> Level:
         """The level whose noise is `ratio` times its signal: `at`, read backwards."""
-        kept = 1 / (1 + ratio**2)
-        log_snr = -2 * np.log(ratio)
+        log_snr = -2 * np.log(ratio) if ratio else np.inf
         t = np.interp(-log_snr, -self.log_snr, np.arange(self.steps))
-        return Level(float(t), kept**0.5, ratio * kept**0.5)
+        alpha = (1 + ratio**2) ** -0.5
+        return Level(float(t), alpha, ratio * alpha)
 
     def levels(
         self, n: int, spacing: str | None = None, clean: bool = True
     ) -> list[Level]:
-        """The n levels that a sampler visits, noisiest first, and the one where it ends.
-
-        spacing None: the schedule's own. clean: end at the clean picture, else where
-        the schedule says.
-        """
-        if type(n) is not int or not 1 <= n <= self.steps:
+        """The n levels to visit, noisiest first, and the one where drawing ends: at the
+        clean picture, or else where the schedule says. spacing None: its own."""
+        if not is_whole(n, 1, self.steps):
             raise ValueError(
                 f"{n!r} sampling steps: give a whole number from 1 to {self.steps}"
             )
-        spacing = spacing or self.spacing
-        if spacing not in SPACINGS:
-            known = ", ".join(SPACINGS)
-            raise ValueError(f"spacing {spacing!r} is unknown; choose one of {known}")
+        visited = find_spacing(spacing or self.spacing).levels(self, int(n))
         end = CLEAN if clean or self.ends_clean else self.at(0)
-        visited = SPACINGS[spacing].levels(self, n)
-        return [*(level for level in visited if level.ratio > end.ratio), end]
+        return [*visited, min(visited[-1], end, key=lambda level: level.ratio)]
+
+
+def level_at(log_snr: np.ndarray, t: float | Tensor) -> Level:
+    """What `Schedule.at` answers, from a table of log SNR (T,)."""
+    times = np.asarray(t.cpu() if isinstance(t, Tensor) else t, dtype=np.float64)
+    last = len(log_snr) - 1
+    outside = ~((times >= 0) & (times <= last))  # NaN is outside, too
+    if outside.any():
+        raise ValueError(f"t is {times[outside][0]:g}; times go from 0 to {last}")
+    found = np.interp(times, np.arange(last + 1), log_snr)
+    alpha, sigma = (1 + np.exp(-found)) ** -0.5, (1 + np.exp(found)) ** -0.5
+    if times.ndim == 0:
+        return Level(float(times), float(alpha), float(sigma))
+    pair = torch.from_numpy(np.stack([alpha, sigma])).float().to(t.device)
+    return Level(t, *pair.view(2, -1, 1, 1, 1))
 
 
 class Spacing(NamedTuple):
@@ -190,9 +191,9 @@ def leading(schedule: Schedule, n: int) -> list[Level]:
 
 def trailing(schedule: Schedule, n: int) -> list[Level]:
     """Counted down from the last time: 50 are 999, 979 ... 19."""
-    stride = -schedule.steps / n
-    times = np.round(schedule.steps + np.arange(n) * stride) - 1
-    return [schedule.at(t) for t in times]
+    last = schedule.steps
+    stride = (last - last / n) - last  # rounded as in numpy.arange: ties fall alike
+    return [schedule.at(t) for t in np.round(last + np.arange(n) * stride) - 1]
 
 
 def linspace(schedule: Schedule, n: int) -> list[Level]:
@@ -206,6 +207,14 @@ SPACINGS: dict[str, Spacing] = {
     "trailing": Spacing("SGM Uniform", trailing),
     "linspace": Spacing("Uniform", linspace),
 }
+
+
+def find_spacing(name: object) -> Spacing:
+    """A spacing by its name; an unknown name gets the list."""
+    if not isinstance(name, str) or name not in SPACINGS:
+        known = ", ".join(SPACINGS)
+        raise ValueError(f"spacing {name!r} is unknown; choose one of {known}")
+    return SPACINGS[name]
 
 
 def add_noise(x0: Tensor, noise: Tensor, level: Level) -> Tensor:

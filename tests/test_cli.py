@@ -146,11 +146,11 @@ def test_stopped_in_a_real_process(model, tmp_path, sent, code):
     assert err.endswith("sdlearn: interrupted\n") == (sent == signal.SIGINT)
 
 
-def test_ctrl_c_while_it_imports(tmp_path):
-    """A torch that is interrupted as soon as its import begins."""
+@pytest.mark.parametrize("module", ["argparse", "numpy"])  # needed by the command line itself, and by its work
+def test_ctrl_c_while_it_imports(tmp_path, module):
+    """A module that is interrupted as soon as its import begins."""
     stop = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
-    (tmp_path / "numpy.py").write_text(stop)
-    (tmp_path / "torch.py").write_text(stop)
+    (tmp_path / f"{module}.py").write_text(stop)
     places = os.pathsep.join([str(tmp_path), str(cli.Path(cli.__file__).parents[1])])
     process = start("txt2img", "a cat", env=os.environ | {"PYTHONPATH": places})
     err = process.communicate(timeout=60)[1]
@@ -214,9 +214,14 @@ def test_what_would_move_a_cursor_is_shown_escaped(model, tmp_path, capsys):
     assert not set("\x1b\x07\x9b") & set(out + err) and (out + err).count(r"\x1b]0;title\x07") == 4
 
 
-MEMORY = [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError("std::bad_alloc"),
-          RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
-          OSError(errno.ENOMEM, "Cannot allocate memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")]  # fmt: skip
+MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory."),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    RuntimeError("std::bad_alloc"),
+    RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"),
+]
 
 
 @pytest.mark.parametrize("error", MEMORY, ids=lambda error: type(error).__name__)

@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import os
 import re
 import signal
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -63,39 +62,26 @@ def printable(text: object) -> str:
 
 
 class Stream:
-    """stdout or stderr, which must not decide whether a picture is drawn: one that is
-    closed, full, or read by nobody any more takes nothing from then on."""
+    """stdout or stderr, which must not decide whether a picture is drawn: what one that
+    is closed, full, or read by nobody any more does not take is lost."""
 
     def __init__(self, stream: TextIO | None):
         self.stream = stream
 
     def write(self, text: str) -> int:
-        return self.careful(lambda stream: stream.write(text), len(text))
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        self.careful(lambda stream: stream.flush(), 0)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
 
     def isatty(self) -> bool:
         return self.stream is not None and self.stream.isatty()
 
     def fileno(self) -> int:
         return -1 if self.stream is None else self.stream.fileno()
-
-    def careful(self, work: Callable[[TextIO], object], answer: int) -> int:
-        if self.stream is not None:
-            try:
-                work(self.stream)
-            except (OSError, ValueError):
-                silence(self.stream)
-        return answer
-
-
-def silence(stream: TextIO) -> None:
-    """What is left in its buffer goes nowhere, also when Python ends."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
 
 
 def say(text: object, stream: TextIO | None = None) -> None:

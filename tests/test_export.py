@@ -71,7 +71,7 @@ def test_one_notebook_makes_two_modules(tree):
 
 def test_a_class_told_in_pieces_is_one_class_in_the_module(tree):
     pieces = [
-        "#| default_exp vae\n#| export\n\"\"\"a -> b.\"\"\"\nONE = 1",
+        '#| default_exp vae\n#| export\n"""a -> b."""\nONE = 1',
         "#| export\nclass VAE:\n    def f(self):\n        return ONE\n\nTWO = 2",
         "#| export\nclass VAE(VAE):\n    # why\n    @property\n    def g(self):\n        return self.f()",
     ]

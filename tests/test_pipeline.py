@@ -145,7 +145,7 @@ def test_offload_moves_only_the_network_at_work_and_a_fourth_is_no_special_case(
     assert sd.use("controlnet") is sd.controlnet
     assert moves == [("text_encoder", "cpu"), ("vae", "cpu"), ("unet", "cpu"), ("controlnet", "meta")]
     with pytest.raises(AttributeError, match="has no text_encoder_2"):
-        sd.text_encoder_2
+        _ = sd.text_encoder_2
 
 
 def test_another_encode_and_a_wrapped_network_are_enough(sd):

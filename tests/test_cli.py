@@ -173,7 +173,8 @@ def test_no_stream_decides_whether_a_picture_is_drawn(model, tmp_path, streams):
         assert result.stdout.endswith("\\u51fa.png\n")
 
 
-def test_writers_at_the_same_time_overwrite_nothing(tmp_path):
+def test_writers_at_the_same_time_overwrite_nothing(tmp_path, monkeypatch):
+    """All of them look for free numbers before any has written."""
     sd = SimpleNamespace(name="m")
 
     def write(seed):
@@ -181,7 +182,8 @@ def test_writers_at_the_same_time_overwrite_nothing(tmp_path):
         shades = [Image.new("RGB", (4, 4), (seed, i, 0)) for i in range(3)]
         return cli.save_all(sd, request, shades, tmp_path, "txt2img")
 
-    with ThreadPoolExecutor(8) as pool:
+    with monkeypatch.context() as at_once, ThreadPoolExecutor(8) as pool:
+        at_once.setattr(os, "listdir", lambda folder: [])
         written = list(pool.map(write, range(0, 240, 10)))
     assert len(set().union(*written)) == 72 == len(list(tmp_path.iterdir()))
     for seed, paths in zip(range(0, 240, 10), written, strict=True):

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from random_model import SMALL_UNET, random_parts
 
+from sdlearn.checkpoint.load import load
 from sdlearn.minimal import draw_by_hand
 from sdlearn.pictures import to_tensor
 from sdlearn.pipeline import PromptCut, StableDiffusion, pick_device
 from sdlearn.prediction import V
 from sdlearn.unet import UNet, UNetConfig
-from sdlearn.weights import load
 
 FAST = {"steps": 2, "sampler": "ddim"}
 

@@ -16,13 +16,13 @@ from torch import nn
 
 from sdlearn import speed
 from sdlearn.attention import Attention
+from sdlearn.checkpoint.load import load_vae
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.speed import FastAttention, TiledVAE, compile_unet, faster, places, ramp, sliced_attention, speed_up, tiled
 from sdlearn.tiny.scenes import parse
 from sdlearn.tiny.tasks import to_tensor
 from sdlearn.unet import UNet, UNetConfig, record_attention
 from sdlearn.vae import VAE
-from sdlearn.weights import load
 
 TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
 
@@ -172,7 +172,7 @@ def test_work_that_sees_only_its_own_position_is_the_same_in_tiles(height, width
 
 def test_a_tiled_vae():
     """The trained one, on a picture four times as large as those that it knows."""
-    vae = load(TINY).networks["vae"]
+    vae = load_vae(TINY)
     tiles, f = TiledVAE(vae, tile=16, overlap=8), 128
     image = torch.stack([to_tensor(parse("a fox above a red key").render())]).repeat(1, 1, 2, 2)
     with torch.no_grad():

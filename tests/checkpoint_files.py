@@ -3,29 +3,22 @@
 import json
 from pathlib import Path
 
+from sdlearn.checkpoint.load import empty, named
 from sdlearn.clip import CLIPTextConfig, CLIPTextEncoder
-from sdlearn.headers import DTYPES
-from sdlearn.names import CLIP_RULES, LDM_PREFIXES, ldm_unet_rules, ldm_vae_rules, rename
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
-from sdlearn.weights import empty
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def sd15_shapes(in_channels: int = 4) -> dict[str, Shapes]:
     """The tensors of Stable Diffusion 1.5 under LDM's names: those of the U-Net, of the VAE, of the text encoder."""
-    unet, vae = UNetConfig(in_channels=in_channels), VAEConfig()
-    found: dict[str, Shapes] = {}
-    for part, make, config, rules in (("unet", UNet, unet, ldm_unet_rules(unet)), ("vae", VAE, vae, ldm_vae_rules(vae)),
-                                      ("text", CLIPTextEncoder, CLIPTextConfig(), CLIP_RULES)):  # fmt: skip
-        prefix = LDM_PREFIXES[part] + ("text_model." if part == "text" else "")
-        state = empty(make, config).state_dict()
-        found[part] = {prefix + rename(name, rules): tuple(value.shape) for name, value in state.items()}
-        for name, shape in found[part].items():
-            if ".mid.attn_1." in name and len(shape) == 2:
-                found[part][name] = (*shape, 1, 1)
-    return found
+    models = {"unet": empty(UNet, UNetConfig(in_channels=in_channels)), "vae": empty(VAE, VAEConfig()),
+              "text": empty(CLIPTextEncoder, CLIPTextConfig())}  # fmt: skip
+    return {part: {n: tuple(x.shape) for n, x in named(model, ldm=True).items()} for part, model in models.items()}
+
+
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 CLUTTER = {name: (1000,) for name in (
@@ -47,7 +40,7 @@ def header(shapes: Shapes, dtype: str = "F32", metadata: dict[str, str] | None =
     end = 0
     for name, shape in shapes.items():
         kind = dtypes.get(name.rpartition(".")[2], dtype)
-        size = DTYPES[kind][1] // 8
+        size = BYTES[kind]
         for side in shape:
             size *= side
         content[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [end, end + size]}

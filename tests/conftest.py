@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -28,6 +29,13 @@ def seeded():
 if threading.current_thread() is threading.main_thread():
     # Jobs that a shell puts into the background ignore Ctrl-C, and so would the processes that the tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Windows has no fork, no such signals, pipes without names."""
+    for item in items:
+        if sys.platform == "win32" and item.get_closest_marker("posix"):
+            item.add_marker(pytest.mark.skip(reason="Windows has other processes, signals and pipes"))
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

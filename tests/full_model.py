@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sdlearn.checkpoint.load import Parts, empty, folder_writers, save
 from sdlearn.clip import CLIPTextConfig, CLIPTextEncoder
-from sdlearn.files import write_files
-from sdlearn.fitting import empty
-from sdlearn.saving import config_writers, save_single_file
+from sdlearn.disk import write_files
 from sdlearn.schedule import Schedule
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.unet import UNet, UNetConfig
@@ -43,9 +42,11 @@ def full_checkpoint() -> tuple[Path, Path]:
         text, vae, unet = CLIPTextConfig(), VAEConfig(), UNetConfig()
         sizes = {CLIPTextEncoder: text, VAE: vae, UNet: unet}
         parts = [fill(empty(make, config), generator) for make, config in sizes.items()]
-        Tokenizer.clip().save(configs / "tokenizer")
-        write_files(config_writers(configs, *parts, Schedule(), size=512))
-        save_single_file(path, *parts, dtype=None)
+        networks = dict(zip(("tokenizer", "text_encoder", "vae", "unet"), (Tokenizer.clip(), *parts), strict=True))
+        whole = Parts(networks, Schedule())
+        writers = folder_writers(configs, whole)
+        write_files({target: write for target, write in writers.items() if target.suffix != ".safetensors"})
+        save(path, whole, dtype=None)
     return path, configs
 
 

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import torch
 
+from sdlearn.checkpoint.load import Parts, save, save_clip
 from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig
-from sdlearn.saving import save_pipeline
 from sdlearn.schedule import Schedule
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
-from sdlearn.weights import Parts, save_clip
 
 CAPTIONS = ["a red apple on a blue background", "a fox to the left of a green umbrella", "a cat above a yellow star"]
 SMALL_UNET = UNetConfig((32, 64), (True, False), heads=(2, 4), blocks=1, context_width=32, groups=8)
@@ -26,16 +25,17 @@ def random_parts(unet: UNetConfig = SMALL_UNET, vae: VAEConfig = SMALL_VAE, laye
     tokenizer = Tokenizer.train(CAPTIONS * 2)
     text = CLIPTextConfig(vocab=len(tokenizer), width=unet.context_width, layers=layers, heads=heads)
     clip = CLIP(text, CLIPImageConfig(size=32, patch=8, width=16, layers=2, heads=2), projection=8).eval()
-    networks = VAE(vae).eval(), UNet(unet).eval()
+    networks = {"tokenizer": tokenizer, "text_encoder": clip.text_encoder, "vae": VAE(vae).eval(),
+                "unet": UNet(unet).eval()}  # fmt: skip
     with torch.no_grad():
-        networks[0].decoder.conv_out.weight *= 8
+        networks["vae"].decoder.conv_out.weight *= 8
         for parameter in clip.text_encoder.token_embedding.parameters():
             parameter *= 50
-    return Parts(tokenizer, clip.text_encoder, *networks, Schedule(), size), clip
+    return Parts(networks, Schedule(), size=(size, size)), clip
 
 
 def save_random_model(folder: Path, dtype: torch.dtype = torch.float32, **sizes) -> Parts:
     parts, clip = random_parts(**sizes)
-    save_pipeline(folder, *parts[:5], dtype=dtype, size=parts.size)
+    save(folder, parts, dtype)
     save_clip(folder, clip, dtype=dtype)
     return parts

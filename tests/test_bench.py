@@ -29,6 +29,7 @@ def test_table():
     assert lines[0] == "torch 2, threads 1" and lines[2].split() == ["U-Net", "step", "0.500", "2.000", "0.25"]
 
 
+@pytest.mark.slow
 def test_a_process_is_measured_and_its_failure_told():
     seconds, memory = in_a_process("import time; time.sleep(0.2); x = bytearray(300 * 2**20)", 1)
     assert 0.2 < seconds < 60 and memory > 0.3
@@ -54,6 +55,8 @@ def test_a_small_run(tmp_path, capsys):
     ("bench unet --size 100", "--size 100"),
     ("bench unet --device tpu", "'tpu'"),
     ("bench load --small", "leave out --small"),
+    ("bench tiny --model nowhere", "there is no model at nowhere"),
+    ("bench unet --json /dev/null/figures.json", "cannot be written"),
 ])  # fmt: skip
 def test_wrong_wishes(words, sentence, capsys):
     assert main(words.split()) == 2
@@ -66,3 +69,10 @@ def test_arguments():
     bench.add_arguments(parser)
     args = parser.parse_args([])
     assert args.parts == [] and args.size == 512 and args.dtype == "bf16" and args.repeats == 3
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "100000", "two"])
+def test_a_number_of_threads_that_cannot_work_is_refused(count, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "unet", "--threads", count])
+    assert "argument --threads: give a whole number from 1 to" in capsys.readouterr().err

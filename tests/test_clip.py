@@ -178,6 +178,7 @@ def test_embeddings_are_unit_vectors_and_the_scale_is_bounded():
     torch.testing.assert_close(clip(tokens, image), 100 * clip.embed_text(tokens) @ clip.embed_image(image).T)
 
 
+@pytest.mark.slow
 def test_learns_four_pairs_by_heart():
     clip = CLIP(CLIPTextConfig(100, 16, 32, 1, 2), CLIPImageConfig(16, 8, 32, 1, 2), projection=16)
     tokens, image = torch.randint(98, (4, 16)), torch.randn(4, 3, 16, 16)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from sdlearn.disk import check_plain, read_json, read_text, reserve, write_files
+from sdlearn.disk import check_plain, check_writable, locked, read_json, read_text, reserve, write_files
 
 
 def test_an_interrupted_writer_leaves_the_old_files(tmp_path):
@@ -51,6 +51,7 @@ def test_writers_at_the_same_time_get_different_names(tmp_path):
     assert len(set(names)) == 200 and len(list(tmp_path.iterdir())) == 200
 
 
+@pytest.mark.posix
 def test_only_plain_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, words in ((tmp_path / "pipe", "pipe or a device"), ("/dev/zero", "device"), (tmp_path, "a folder")):
@@ -69,3 +70,20 @@ def test_json_may_begin_with_a_byte_order_mark(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=words):
             read_json(path)
+
+
+def test_one_works_and_the_other_is_told(tmp_path):
+    path = tmp_path / "new" / "lock"
+    with locked(path), pytest.raises(ValueError, match="another program is at work in .*new"), locked(path):
+        pytest.fail("both have it")
+    with locked(path):  # free again
+        pass
+
+
+def test_whether_a_file_can_be_written_is_known_before_the_work(tmp_path):
+    check_writable(tmp_path / "new" / "figures.json")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for path, words in ((tmp_path, "is a folder"), (tmp_path / "file" / "x", "cannot be written")):
+        with pytest.raises(ValueError, match=words):
+            check_writable(path)

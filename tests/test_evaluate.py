@@ -1,9 +1,10 @@
 """The figures of `sdlearn evaluate`, on models whose figures are known beforehand."""
 
-import argparse
 import json
 import math
 import random
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from test_judge import Perfect
 
+from sdlearn.cli import main
 from sdlearn.tiny import evaluate
 from sdlearn.tiny.evaluate import (
     CEILINGS,
@@ -29,6 +31,9 @@ from sdlearn.tiny.evaluate import (
 from sdlearn.tiny.judge import Judge
 from sdlearn.tiny.scenes import RELATIONS, parse, split_of
 from sdlearn.tiny.tasks import to_tensor
+from sdlearn.unet import UNet
+
+TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
 
 
 class Painter:
@@ -126,8 +131,8 @@ def test_prompt_following_of_a_painter(monkeypatch, mirror):
 
 def test_vae_psnr_of_a_vae_that_loses_nothing_but_a_little():
     def model(error):
-        vae = SimpleNamespace(config=SimpleNamespace(scale=2.0), encode=lambda x: SimpleNamespace(mean=x / 2),
-                              decode=lambda latents: latents.mul(1 - error))  # fmt: skip
+        vae = SimpleNamespace(encode=lambda x: SimpleNamespace(mean=x / 2),
+                              decode=lambda latents: latents.mul(2 * (1 - error)))  # fmt: skip
         return SimpleNamespace(vae=vae, device=torch.device("cpu"), dtype=torch.float32)
 
     assert 20 < vae_psnr(model(0.1), count=20) < 35 < vae_psnr(model(0.01), count=20)
@@ -136,12 +141,14 @@ def test_vae_psnr_of_a_vae_that_loses_nothing_but_a_little():
 def test_table():
     values = dict.fromkeys(PARTS, 0.5) | {"true pictures": 1.0, "through the VAE": 0.75, "relation": math.nan}
     text = table_of({"VAE PSNR, dB": 28.04, "CLIP retrieval": {"a": 0.5}, "attention overlap": {"inside": 0.25},
-                     "words heard": {"colours": 0.75}, "prompt following": {"seen, one thing": values}})  # fmt: skip
+                     "words heard": {"colours": 0.75}, "prompt following": {"seen, one thing": values},
+                     "pictures in a row": 80, "settings": {"steps": 50, "seed": 1}})  # fmt: skip
     lines = text.splitlines()
     assert lines[0] == "VAE PSNR on fresh scenes: 28.0 dB"
     assert lines[1:4] == ["CLIP retrieval: a 0.50", "attention overlap: inside 0.25", "words heard: colours 0.75"]
-    assert lines[4].split() == ["prompt", "following", *PARTS, *" ".join(CEILINGS).split()]
-    assert lines[5].split()[3:] == ["0.50", "0.50", "0.50", "-", "0.50", "1.00", "0.75"]
+    assert lines[4] == "80 pictures in each row; steps 50 seed 1"
+    assert lines[5].split() == ["prompt", "following", *PARTS, *" ".join(CEILINGS).split()]
+    assert lines[6].split()[3:] == ["0.50", "0.50", "0.50", "-", "0.50", "1.00", "0.75"]
 
 
 def test_a_judge_is_saved_and_loaded(tmp_path):
@@ -169,8 +176,8 @@ def test_retrieval_of_a_clip_that_knows_nothing_is_chance(tmp_path):
 
 
 def save_random_clip(folder):
+    from sdlearn.checkpoint.load import save_clip
     from sdlearn.tiny.recipe import make_clip
-    from sdlearn.weights import save_clip
 
     task = make_clip()
     task.tokenizer.save(folder / "tokenizer")
@@ -178,22 +185,15 @@ def save_random_clip(folder):
     return folder
 
 
-def test_too_few_prompts_are_refused():
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-    with pytest.raises(ValueError, match="--prompts 4 is too few: give at least 5"):
-        evaluate.main(parser.parse_args(["--prompts", "4"]))
-
-
 def untrained():
     from sdlearn.pipeline import StableDiffusion
     from sdlearn.tiny.recipe import SCHEDULE, UNET_SIZES, VAE_SIZES, make_clip
-    from sdlearn.unet import UNet
     from sdlearn.vae import VAE
 
     clip = make_clip()
-    networks = clip.clip.text_encoder, VAE(VAE_SIZES), UNet(UNET_SIZES)
-    return StableDiffusion(clip.tokenizer, *networks, SCHEDULE, 128, device="cpu")
+    parts = {"tokenizer": clip.tokenizer, "text_encoder": clip.clip.text_encoder}
+    parts |= {"vae": VAE(VAE_SIZES), "unet": UNet(UNET_SIZES)}
+    return StableDiffusion(parts, SCHEDULE, size=(128, 128), device="cpu")
 
 
 def test_a_changed_sentence_is_wrong_in_one_thing():
@@ -224,31 +224,61 @@ class Listener(torch.nn.Module):
 @pytest.mark.parametrize("deaf", [0, 4])
 def test_words_heard(deaf):
     model = untrained()
-    model.unet = Listener(deaf)
+    model.parts["unet"] = Listener(deaf)
     heard = evaluate.words_heard(model, count=8)
     assert list(heard) == [*PARTS[:4]]
     assert all(share == (part != "relation" or not deaf) for part, share in heard.items())
 
 
-def test_attention_overlap_of_a_random_model_is_that_of_the_area(monkeypatch):
+def test_attention_overlap_of_a_random_model_is_that_of_the_area():
     found = evaluate.attention_overlap(untrained(), count=2)
     assert found["inside"] == pytest.approx(found["area"], rel=0.35) and 0 <= found["points"] <= 1
 
 
-def test_main_prints_and_writes_every_figure(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(evaluate.StableDiffusion, "load", lambda path: None)
-    monkeypatch.setattr(evaluate, "load_judge", lambda path: None)
-    row = dict.fromkeys([*PARTS, *CEILINGS], 1.0)
-    monkeypatch.setattr(evaluate, "prompt_following", lambda *words: {"seen, one thing": row})
-    monkeypatch.setattr(evaluate, "vae_psnr", lambda model: 30.0)
-    monkeypatch.setattr(evaluate, "clip_retrieval", lambda folder: {"picture finds sentence": 0.5})
-    monkeypatch.setattr(evaluate, "attention_overlap", lambda model: {"inside": 0.5})
-    monkeypatch.setattr(evaluate, "words_heard", lambda model: {"relation": 0.9})
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-    evaluate.main(parser.parse_args(["--json", str(tmp_path / "figures.json")]))
-    assert "30.0 dB" in capsys.readouterr().out
-    assert json.loads((tmp_path / "figures.json").read_text())["VAE PSNR, dB"] == 30.0
+QUICK = {"vae_psnr": 8, "clip_retrieval": 20, "attention_overlap": 2, "words_heard": 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_figure_of_the_shipped_model_is_printed_and_written(monkeypatch, tmp_path, capsys, dtype):
+    """All measures, on fewer scenes; in 16 bits as on a GPU."""
+    for name, count in QUICK.items():
+        monkeypatch.setattr(evaluate, name, partial(getattr(evaluate, name), count=count))
+    path = tmp_path / "new" / "figures.json"
+    words = f"evaluate --model {TINY} --prompts 10 --steps 2 --sampler ddim --device cpu --dtype {dtype} --json {path}"
+    assert main(words.split()) == 0
+    text, figures = capsys.readouterr().out, json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert "2 pictures in each row; steps 2 sampler ddim cfg_scale 7.5 seed 1" in text
+    assert figures["pictures in a row"] == 2 and list(figures["prompt following"]) == list(ROWS)
+    assert figures["prompt following"]["seen, one thing"]["relation"] is None  # one thing has none
+    assert figures["VAE PSNR, dB"] > 25 and f"{figures['VAE PSNR, dB']:.1f} dB" in text
+    assert figures["CLIP retrieval"]["picture finds sentence"] > 0.9 and figures["words heard"]["background"] > 0.8
+    assert figures["attention overlap"]["inside"] > 1.3 * figures["attention overlap"]["area"]
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    ("--prompts 4", "--prompts 4 is too few: give at least 5"),
+    ("--json {folder}", "is a folder, but the name of a file is wanted"),
+    ("--json {folder}/file/figures.json", "cannot be written"),
+    ("--sampler none", "none"),
+    ("--model {folder}", "{folder}"),
+])  # fmt: skip
+def test_wrong_wishes_are_told_before_the_work(words, sentence, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(UNet, "forward", lambda *words: pytest.fail("it begins to draw"))
+    assert main(["evaluate", "--model", str(TINY), *words.format(folder=tmp_path).split()]) == 2
+    told = capsys.readouterr().err
+    assert sentence.format(folder=tmp_path) in told and told.count("\n") == 1
+
+
+def test_a_box_covers_the_positions_whose_middles_it_holds():
+    def covered(*box):
+        return evaluate.inside_of(box, torch.zeros(4, 4), 8).nonzero().tolist()
+
+    assert covered(0, 0, 8, 8) == [[0, 0]]
+    assert covered(4, 4, 12, 12) == [[0, 0]] and covered(12, 12, 20, 20) == [[1, 1]]  # halves: always the same side
+    assert covered(5, 20, 20, 40) == [[2, 1], [3, 1]]
+    assert covered(-9, -9, 5, 5) == [[0, 0]] and covered(0, 0, 4, 4) == []
 
 
 def test_evaluation_scenes_are_not_the_first_training_scenes():

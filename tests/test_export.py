@@ -69,6 +69,21 @@ def test_one_notebook_makes_two_modules(tree):
     assert "lesson" not in vae + blocks and "json" not in vae
 
 
+def test_a_class_told_in_pieces_is_one_class_in_the_module(tree):
+    pieces = [
+        '#| default_exp vae\n#| export\n"""a -> b."""\nONE = 1',
+        "#| export\nclass VAE:\n    def f(self):\n        return ONE\n\nTWO = 2",
+        "#| export\nclass VAE(VAE):\n    # why\n    @property\n    def g(self):\n        return self.f()",
+    ]
+    _, errors, package = tree({"05_vae": pieces})
+    text = (package / "vae.py").read_text()
+    (made,) = [x for x in ast.parse(text).body if isinstance(x, ast.ClassDef)]
+    assert not errors and not made.bases and [member.name for member in made.body] == ["f", "g"]
+    assert "    # why\n    @property\n" in text and text.index("class VAE") < text.index("TWO = 2")
+    pieces[1] = "#| export\nTWO = 2"
+    assert "no earlier cell begins" in tree({"05_vae": pieces})[1][0]
+
+
 def test_the_second_export_changes_nothing(tree):
     tree({"05_vae": VAE_CELLS})
     _, _, package = tree({})

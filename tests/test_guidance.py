@@ -13,27 +13,29 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdlearn.ddpm import kept_timesteps, sample
 from sdlearn.guidance import Guided, guide, rescale
+from sdlearn.samplers import Denoiser, keep, sample
 from sdlearn.schedule import Schedule, add_noise
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
 
 class Counting:
-    """A stand-in for the U-Net that remembers what it was asked; its answer depends on all three arguments."""
+    """A stand-in for the U-Net that remembers what it was asked; its answer depends on all that it is told."""
 
     def __init__(self):
         self.calls = []
 
-    def __call__(self, latents, t, context):
+    def __call__(self, latents, t, context, size=None):
         self.calls.append((len(latents), t.tolist(), len(context)))
-        return latents + 0.01 * t.view(-1, 1, 1, 1) + context.mean((1, 2)).view(-1, 1, 1, 1)
+        extra = 0 if size is None else size.view(-1, 1, 1, 1)
+        return latents + 0.01 * t.view(-1, 1, 1, 1) + context.mean((1, 2)).view(-1, 1, 1, 1) + extra
 
 
 def tensors(batch=2):
     g = torch.Generator().manual_seed(0)
-    return (torch.randn(batch, *shape, generator=g) for shape in [(4, 8, 8), (77, 16), (77, 16)])
+    latents, context, negative = (torch.randn(batch, *shape, generator=g) for shape in [(4, 8, 8), (77, 16), (77, 16)])
+    return latents, {"context": context}, {"context": negative}
 
 
 @given(st.floats(0, 30), st.integers(0, 2**31))
@@ -60,67 +62,70 @@ def test_rescale_measures_each_picture_alone():
     assert torch.allclose(full[:1], rescale(guided[:1], cond[:1], 1.0), atol=1e-6)
 
 
+@pytest.mark.parametrize("two_passes", [False, True])
 @pytest.mark.parametrize("phi", [0.0, 0.7])
-def test_guided_runs_both_halves_in_one_batch(phi):
-    latents, context, negative = tensors()
-    unet = Counting()
-    eps = Guided(unet, context, negative, 7.5, phi)(latents, 981)
-    assert unet.calls == [(4, [981] * 4, 4)]
-    times = torch.tensor([981, 981])
-    uncond, cond = unet(latents, times, negative), unet(latents, times, context)
-    expected = guide(uncond, cond, 7.5)
-    expected = rescale(expected, cond, phi) if phi else expected
-    assert torch.allclose(eps, expected, atol=1e-5)
+def test_whatever_the_network_is_told_is_doubled(phi, two_passes):
+    latents, cond, uncond = tensors()
+    cond["size"], uncond["size"] = torch.tensor([1.0, 2.0]), torch.tensor([0.5])  # one negative serves both
+    network, times = Counting(), torch.tensor([981, 981])
+    output = Guided(network, cond, uncond, 7.5, phi, two_passes=two_passes)(latents, 981)
+    assert network.calls == ([(2, [981] * 2, 2)] * 2 if two_passes else [(4, [981] * 4, 4)])
+    u, c = network(latents, times, **uncond), network(latents, times, **cond)
+    expected = guide(u, c, 7.5)
+    assert torch.allclose(output, rescale(expected, c, phi) if phi else expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [0, 0.5, 1, 1.0])
 def test_a_scale_up_to_one_costs_half(scale):
-    latents, context, negative = tensors()
-    for other in (negative, None):
-        unet = Counting()
-        eps = Guided(unet, context, other, scale, rescale=0.7)(latents, 981)
-        assert unet.calls == [(2, [981] * 2, 2)]
-        assert torch.equal(eps, unet(latents, torch.tensor([981, 981]), context))
+    latents, cond, uncond = tensors()
+    for other in (uncond, None):
+        network = Counting()
+        output = Guided(network, cond, other, scale, rescale=0.7)(latents, 981)
+        assert network.calls == [(2, [981] * 2, 2)]
+        assert torch.equal(output, network(latents, torch.tensor([981, 981]), **cond))
 
 
-def test_one_negative_serves_the_batch():
-    latents, context, negative = tensors(3)
-    one = Guided(Counting(), context, negative[:1], 5.0)(latents, 1)
-    three = Guided(Counting(), context, negative[:1].repeat(3, 1, 1), 5.0)(latents, 1)
-    assert torch.equal(one, three)
+def test_guidance_works_in_its_times_only():
+    latents, cond, uncond = tensors()
+    for times, t, size in (((300, 700), 300, 4), ((300, 700), 700, 2), ((300, 700), 299.5, 2), ((0, 1000), 1000.0, 4)):
+        network = Counting()
+        Guided(network, cond, uncond, times=times)(latents, t)
+        assert network.calls[0][0] == size, (times, t)
 
 
 def test_each_picture_may_be_at_its_own_time():
-    latents, context, negative = tensors()
-    unet = Counting()
-    Guided(unet, context, negative, 5.0)(latents, torch.tensor([3, 8]))
-    assert unet.calls == [(4, [3, 8, 3, 8], 4)]
+    latents, cond, uncond = tensors()
+    network = Counting()
+    Guided(network, cond, uncond, 5.0)(latents, torch.tensor([3, 8]))
+    assert network.calls == [(4, [3, 8, 3, 8], 4)]
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0])
-def test_bad_scales_are_refused(scale):
-    _, context, negative = tensors()
-    with pytest.raises(ValueError, match="guidance scale is"):
-        Guided(Counting(), context, negative, scale)
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        ({"scale": float("nan")}, "guidance scale is nan"),
+        ({"scale": float("inf")}, "guidance scale is inf"),
+        ({"scale": -1.0}, "guidance scale is -1"),
+        ({"rescale": float("nan")}, "guidance rescale is nan"),
+        ({"rescale": 1.1}, "guidance rescale is 1.1"),
+        ({"times": (500, 500)}, "guidance times are"),
+        ({"uncond": None}, "needs a negative side"),
+        ({"uncond": {}}, "context is on one side"),
+        ({"uncond": {"context": torch.zeros(2, 77, 16)}}, "negative context is"),
+        ({"uncond": {"context": torch.zeros(3, 70, 16)}}, "negative context is"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(wrong, sentence):
+    _, cond, uncond = tensors(3)
+    with pytest.raises(ValueError, match=sentence):
+        Guided(Counting(), **({"cond": cond, "uncond": uncond} | wrong))
 
 
-@pytest.mark.parametrize("phi", [float("nan"), -0.1, 1.1])
-def test_bad_rescales_are_refused(phi):
-    _, context, negative = tensors()
-    with pytest.raises(ValueError, match="guidance rescale is"):
-        Guided(Counting(), context, negative, 7.5, phi)
-
-
-def test_contexts_that_do_not_fit_are_refused():
-    latents, context, negative = tensors(3)
-    with pytest.raises(ValueError, match="needs a negative"):
-        Guided(Counting(), context, None, 7.5)
-    for wrong in (negative[:2], negative[:, :70], negative[..., :8]):
-        with pytest.raises(ValueError, match="negative context is"):
-            Guided(Counting(), context, wrong, 7.5)
-    for scale in (1.0, 7.5):
-        with pytest.raises(ValueError, match="2 latents but 3 contexts"):
-            Guided(Counting(), context, negative, scale)(latents[:2], 1)
+@pytest.mark.parametrize("scale", [1.0, 7.5])
+def test_one_prompt_for_each_picture(scale):
+    latents, cond, uncond = tensors(3)
+    with pytest.raises(ValueError, match="2 latents but conditioning for 3"):
+        Guided(Counting(), cond, uncond, scale)(latents[:2], 1)
 
 
 @pytest.fixture(scope="module")
@@ -144,22 +149,25 @@ def pipeline(kind, unet, scheduler):
     return made
 
 
-def ours(unet, context, negative, scale, phi):
-    return Guided(lambda x, t, c: unet(x, t, encoder_hidden_states=c).sample, context, negative, scale, phi)
+def ours(unet, cond, uncond, scale, phi):
+    def network(x, t, context):
+        return unet(x, t, encoder_hidden_states=context).sample
+
+    return Denoiser(Guided(network, cond, uncond, scale, phi), Schedule())
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 @pytest.mark.parametrize(("scale", "phi"), [(1.0, 0.0), (7.5, 0.0), (7.5, 0.7)])
 def test_text_to_image_equals_diffusers(unet, sampler, scale, phi):
-    latents, context, negative = tensors()
+    latents, cond, uncond = tensors()
     scheduler = (
         DDPMScheduler(**SD15, steps_offset=1)
         if sampler == "ddpm"
         else DDIMScheduler(**SD15, steps_offset=1, set_alpha_to_one=False)
     )
     expected = pipeline(StableDiffusionPipeline, unet, scheduler)(
-        prompt_embeds=context,
-        negative_prompt_embeds=negative,
+        prompt_embeds=cond["context"],
+        negative_prompt_embeds=uncond["context"],
         latents=latents,
         num_inference_steps=10,
         guidance_scale=scale,
@@ -167,29 +175,26 @@ def test_text_to_image_equals_diffusers(unet, sampler, scale, phi):
         generator=torch.Generator().manual_seed(3),
         output_type="latent",
     ).images
-    schedule, generator = Schedule(), torch.Generator().manual_seed(3)
+    levels, generator = Schedule().levels(10, clean=sampler == "ddpm"), torch.Generator().manual_seed(3)
     with torch.inference_mode():
-        denoise = ours(unet, context, negative, scale, phi)
-        *_, last = sample(denoise, latents, schedule, schedule.timesteps(10), sampler, generator)
+        *_, last = sample(ours(unet, cond, uncond, scale, phi), latents, levels, sampler, generator)
     assert (last.latents - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.5, 0.8, 1.0])
 def test_image_to_image_equals_diffusers(unet, strength):
-    picture, context, negative = tensors()
+    picture, cond, uncond = tensors()
     expected = pipeline(StableDiffusionImg2ImgPipeline, unet, DDPMScheduler(**SD15, steps_offset=1))(
-        prompt_embeds=context,
-        negative_prompt_embeds=negative,
+        prompt_embeds=cond["context"],
+        negative_prompt_embeds=uncond["context"],
         image=picture,  # four channels: diffusers takes them for latents
         strength=strength,
         num_inference_steps=10,
         generator=torch.Generator().manual_seed(3),
         output_type="latent",
     ).images
-    schedule, generator = Schedule(), torch.Generator().manual_seed(3)
-    times = kept_timesteps(schedule, 10, strength)
+    levels, generator = keep(Schedule().levels(10), strength), torch.Generator().manual_seed(3)
     with torch.inference_mode():
-        start = add_noise(schedule, picture, torch.randn(picture.shape, generator=generator), int(times[0]))
-        denoise = ours(unet, context, negative, 7.5, 0.0)
-        *_, last = sample(denoise, start, schedule, times, "ddpm", generator)
+        start = add_noise(picture, torch.randn(picture.shape, generator=generator), levels[0])
+        *_, last = sample(ours(unet, cond, uncond, 7.5, 0.0), start, levels, "ddpm", generator)
     assert (last.latents - expected).abs().max() <= 1e-4

@@ -16,11 +16,14 @@ from threading import Event, Thread
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import constants, file_download
+from filelock import FileLock
+from huggingface_hub import constants
 from random_model import save_random_model
 
-from sdlearn import cli, hub, weights
-from sdlearn.hub import Place, choose, download, find_place
+from sdlearn import cli
+from sdlearn.checkpoint import hub
+from sdlearn.checkpoint.hub import Place, choose, download, find_model, find_place, is_hub_id, model_name
+from sdlearn.checkpoint.load import load
 
 COMMIT = "c" * 40
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -121,8 +124,6 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
-    monkeypatch.setattr(file_download.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01)))
     yield server
     server.shutdown()
     server.server_close()
@@ -186,7 +187,7 @@ def test_a_wrong_checksum(server, tmp_path, served):
 @pytest.mark.parametrize("served", [WEIGHTS[:-5], WEIGHTS + b"more", b"<html>log in</html>"])
 def test_a_wrong_size(server, tmp_path, served):
     server.served[FILE] = served
-    with pytest.raises(ValueError, match="cannot be downloaded from http.*Consistency check failed"):
+    with pytest.raises(ValueError, match="cannot be downloaded from http.*it ended after|came with a wrong checksum"):
         download("sd15", tmp_path, server.endpoint)
     assert FILE not in listing(tmp_path)
     server.served.clear()
@@ -221,7 +222,7 @@ def test_the_disk_becomes_full(server, tmp_path, monkeypatch):
     def fill(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(file_download, "http_get", fill)
+    monkeypatch.setattr(hub, "stream", fill)
     with pytest.raises(ValueError, match="the disk is full: make room"):
         download("sd15", tmp_path, server.endpoint)
 
@@ -240,11 +241,9 @@ def test_another_file_of_that_name_is_left_alone(server, tmp_path):
 
 
 def test_two_downloads_at_once(server, tmp_path):
-    from huggingface_hub.utils import WeakFileLock
-
     part = hub.part_of(tmp_path / FILE, SimpleNamespace(lfs=sibling_of(FILE, WEIGHTS)["lfs"]))
     going_on = pytest.raises(ValueError, match="another process is downloading the same file: wait until it is done")
-    with WeakFileLock(part.with_suffix(".lock")), going_on:
+    with FileLock(part.with_suffix(".lock")), going_on:
         download("sd15", tmp_path, server.endpoint)
     assert download("sd15", tmp_path, server.endpoint).read_bytes() == WEIGHTS
 
@@ -316,9 +315,9 @@ def test_a_whole_folder(server, tmp_path):
                "unet/diffusion_pytorch_model.fp16.safetensors": b"x", "big.safetensors": b"x"}  # fmt: skip
     server.repos["me/small-sd"] = there | clutter
     target = download("me/small-sd", tmp_path / "mine", server.endpoint)
-    assert target == tmp_path / "mine" / "small-sd"
+    assert target == tmp_path / "mine" / "me" / "small-sd"
     assert listing(target) == [name for name in sorted(there) if not name.startswith("clip/")]
-    assert weights.load(target).size == 32
+    assert load(target).size == (32, 32)
     before = len(server.ranges)
     (target / "vae" / "config.json").unlink()
     download("me/small-sd", tmp_path / "mine", server.endpoint)
@@ -342,7 +341,7 @@ def test_a_model_of_the_hub_is_loaded_by_its_id(server, tmp_path, monkeypatch, c
         assert cli.main(draw) == 2
         err = capsys.readouterr().err
         assert "no model at me/small-sd, and from the hub:" in err and "has 1.00 kB free: give -o FOLDER" in err
-    assert weights.load("me/small-sd").size == 32
+    assert load("me/small-sd").size == (32, 32)
     before = len(server.ranges)
     server.status = 500, {}  # what is here needs no hub
     assert cli.main(draw) == 0 and len(server.ranges) == before
@@ -402,14 +401,15 @@ def test_other_addresses_have_no_checksum():
 
 
 def test_the_library_is_imported_only_here():
-    code = "import sys, sdlearn.hub, sdlearn.cli; sys.exit('huggingface_hub' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, sdlearn.checkpoint.hub, sdlearn.cli"
+    code += "; sys.exit(bool({'huggingface_hub', 'torch'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_without_the_library(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert cli.main(["download", "sd15", "-o", str(tmp_path)]) == 2
-    assert "huggingface_hub is not installed: pip install -r requirements.txt" in capsys.readouterr().err
+    assert "huggingface_hub, which downloads, is not installed: pip install huggingface_hub" in capsys.readouterr().err
 
 
 def test_ctrl_c_and_again_in_real_processes(server, tmp_path):
@@ -431,3 +431,68 @@ def test_ctrl_c_and_again_in_real_processes(server, tmp_path):
     assert f"next: sdlearn inspect {tmp_path / 'mine' / FILE}\n" in result.stderr
     assert server.ranges == [None, f"bytes={begun}-"] and listing(tmp_path / "mine") == [FILE]
     assert (tmp_path / "mine" / FILE).read_bytes() == content
+
+
+PATHS = ("x.safetensors", "me/x.CKPT", "./me/x", "../me/x", "~/me/x", "/me/x", "a/b/c", "name", "", "checkpoints/tiny",
+         "there/x", "me/", "me\\x")  # fmt: skip
+IDS = ("me/x", "me/sd-v1.5", "SG161222/Realistic_Vision_V5.1_noVAE", "a/b")
+
+
+def test_a_path_is_no_id_and_an_id_is_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(hub, "download", lambda what, folder: tmp_path / folder / what)
+    for what in PATHS:
+        assert not is_hub_id(what)
+        if what:
+            with pytest.raises(ValueError, match="^there is no model at .*: give a diffusers folder"):
+                find_model(what)
+    for what in IDS:
+        assert is_hub_id(what) and find_model(what) == tmp_path / "checkpoints" / what
+    save_random_model(tmp_path / "checkpoints" / "me" / "x")
+    (tmp_path / "checkpoints" / "x").mkdir()
+    monkeypatch.setattr(hub, "download", lambda what, folder: 1 / 0)
+    assert find_model("me/x") == tmp_path.joinpath("checkpoints/me/x").relative_to(tmp_path)
+    (tmp_path / "me" / "x").mkdir(parents=True)
+    assert str(find_model("me/x")) == "me/x"  # what is there is a path
+    with pytest.raises(ValueError, match=rf"no model at checkpoints/tiny \(seen from {re.escape(str(tmp_path))}\)"):
+        load("checkpoints/tiny")
+
+
+def test_a_model_of_one_file_is_found_again(server, tmp_path, monkeypatch):
+    server.repos["me/one"] = {"one.safetensors": WEIGHTS}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "download", lambda what, folder: download(what, folder, server.endpoint))
+    first = find_model("me/one")
+    assert str(first) == "checkpoints/me/one/one.safetensors"
+    server.status = 500, {}
+    assert find_model("me/one") == first
+
+
+def test_a_link_has_its_own_name(tmp_path):
+    parts = save_random_model(tmp_path / "6ce0161689b3")
+    for name in ("dreamy-v2", "dreamy.v2"):
+        (tmp_path / name).symlink_to("6ce0161689b3")
+        assert load(tmp_path / name).name == name
+    for name, shown in {"a.SAFETENSORS": "a", "b.ckpt": "b", "sd-v1.5": "sd-v1.5"}.items():
+        (tmp_path / name).symlink_to("6ce0161689b3")
+        assert model_name(tmp_path / name) == shown
+    assert parts.name == "" and model_name(tmp_path / "a.ckpt" / "..") == tmp_path.name
+
+
+def test_without_the_library_the_missing_model_is_told_first(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="no model at me/x, and from the hub: huggingface_hub, which downl"):
+        load("me/x")
+    with pytest.raises(ValueError, match="there is no model at checkpoints/tiny"):
+        load("checkpoints/tiny")
+
+
+def test_shards_are_chosen_together():
+    parts = ["unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"]
+    shards = [f"{parts[0]}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = f"{parts[0]}.safetensors.index.json"
+    files = ["model_index.json", index, *shards, *(f"{part}.safetensors" for part in parts[1:])]
+    clutter = [f"{parts[0]}-00001-of-00002.fp16.safetensors", f"{parts[0]}.bin"]
+    assert sorted(choose(Place("me/x"), dict.fromkeys(files + clutter))) == sorted(files)

@@ -175,6 +175,7 @@ def test_the_task_has_a_finite_loss_for_both_kinds_of_background():
     assert BACKGROUND_LABELS.index(UNKNOWN) in batch["background"]
 
 
+@pytest.mark.slow
 def test_a_judge_can_learn(tmp_path):
     """A few steps on one batch: the loss falls."""
     torch.manual_seed(0)

@@ -231,6 +231,7 @@ print(calls, [label for label, _ in slider.options], type(moving.ask(str.upper, 
 """
 
 
+@pytest.mark.slow
 def test_a_notebook_that_a_program_runs_gets_the_static_figure():
     nbclient, v4 = pytest.importorskip("nbclient"), pytest.importorskip("nbformat").v4
     pytest.importorskip("ipywidgets")

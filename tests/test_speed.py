@@ -16,13 +16,13 @@ from torch import nn
 
 from sdlearn import speed
 from sdlearn.attention import Attention
+from sdlearn.checkpoint.load import load_vae
 from sdlearn.pipeline import StableDiffusion
-from sdlearn.speed import FastAttention, TiledVAE, compiled, faster, places, ramp, sliced_attention, tiled
+from sdlearn.speed import FastAttention, TiledVAE, compile_unet, faster, places, ramp, sliced_attention, speed_up, tiled
 from sdlearn.tiny.scenes import parse
 from sdlearn.tiny.tasks import to_tensor
 from sdlearn.unet import UNet, UNetConfig, record_attention
 from sdlearn.vae import VAE
-from sdlearn.weights import load_vae
 
 TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
 
@@ -90,10 +90,32 @@ def test_keys_and_values_of_a_context_are_computed_once():
         assert len(calls) == 4
 
 
+def test_keys_and_values_are_forgotten_when_weights_change():
+    """A LoRA changes weights in place, or puts others in; the same context must be read anew."""
+    simple = Attention(16, 2, 12)
+    fast, x, words = FastAttention(simple, False), torch.randn(2, 9, 16), torch.randn(2, 5, 12)
+
+    def changes():
+        yield "nothing"
+        simple.to_k.weight += 0.1
+        yield "in place"
+        simple.to_v.weight.data = simple.to_v.weight.data * 2
+        yield "other data"
+        fast.to_k = simple.to_k = nn.Linear(12, 16, bias=False)
+        yield "another layer"
+        fast.load_state_dict({name: x + 0.1 for name, x in fast.state_dict().items()})
+        yield "loaded"
+
+    with torch.no_grad():
+        for change in changes():
+            for _ in range(2):
+                assert torch.equal(fast(x, words), simple(x, words)), change
+
+
 @pytest.mark.parametrize("two_passes, contexts", [(False, 1), (True, 2)])
 def test_a_whole_drawing_computes_the_words_once_for_each_context(two_passes, contexts):
     parts, _ = random_parts()
-    sd, calls = StableDiffusion(*parts, device="cpu", fast=True), []
+    sd, calls = speed_up(StableDiffusion(*parts, "cpu"), fast=True), []
     layers = [part for name, part in sd.unet.named_modules() if name.endswith("attn2.to_k")]
     for part in layers:
         part.register_forward_hook(lambda *call: calls.append(1))
@@ -164,6 +186,7 @@ def test_a_tiled_vae():
         assert torch.equal(tiles.encode(image[..., :f, :f]).mean, vae.encode(image[..., :f, :f]).mean)
         without_fading = TiledVAE(vae, tile=16, overlap=1).decode(latents)
         assert (without_fading - whole).abs().mean() > 1.2 * (parts - whole).abs().mean()
+    assert list(tiles.state_dict()) == list(vae.state_dict()) and tiles.config == vae.config
     with pytest.raises(ValueError, match="multiples of 8"):
         tiles.encode(torch.zeros(1, 3, 9 * 16, 203))
     for tile, overlap in ((16, 0), (16, 9)):
@@ -178,7 +201,7 @@ def test_a_compiled_unet_answers_the_same_for_every_picture_with_one_compilation
     torch._dynamo.reset()
     torch.manual_seed(0)
     plain = UNet(UNetConfig((32,), (True,), heads=(2,), blocks=1, context_width=16)).eval()
-    fast = compiled(faster(copy.deepcopy(plain)), whole)
+    fast = compile_unet(faster(copy.deepcopy(plain)), whole)
     x, t, made = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), []
     torch._dynamo.utils.counters.clear()
     with torch.inference_mode():
@@ -193,7 +216,7 @@ def test_a_compiled_unet_answers_the_same_for_every_picture_with_one_compilation
 def test_compiling_without_a_compiler_is_told(monkeypatch):
     monkeypatch.setattr(speed.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="install g"):
-        compiled(UNet(SMALL_UNET))
+        compile_unet(UNet(SMALL_UNET))
 
 
 def test_memory_of_a_tiled_decode_does_not_grow_with_the_picture():
@@ -214,13 +237,14 @@ def test_memory_of_a_tiled_decode_does_not_grow_with_the_picture():
 def test_the_pipeline_draws_the_same_with_every_switch_that_keeps_the_picture():
     parts, _ = random_parts()
     settings = dict(steps=4, sampler="ddim", seed=0)
-    plain = StableDiffusion(*copy.deepcopy(parts), device="cpu").txt2img("a cat", **settings)[0]
-    for load, call in (({"fast": True}, {}), ({"tiled": True}, {}), ({}, {"two_passes": True}),
-                       ({"offload": True, "fast": True, "tiled": True}, {"two_passes": True})):  # fmt: skip
-        other = StableDiffusion(*copy.deepcopy(parts), device="cpu", **load).txt2img("a cat", **settings, **call)[0]
-        pixels = [torch.tensor(list(picture.tobytes()), dtype=torch.int) for picture in (plain, other)]
+    plain = StableDiffusion(*copy.deepcopy(parts), "cpu").txt2img("a cat", **settings)[0]
+    for offload, switches, two_passes in ((False, {"fast": True}, False), (False, {"tiled": True}, False),
+                                          (False, {}, True), (True, {"fast": True, "tiled": True}, True)):  # fmt: skip
+        other = speed_up(StableDiffusion(*copy.deepcopy(parts), "cpu", offload=offload), **switches)
+        picture = other.txt2img("a cat", two_passes=two_passes, **settings)[0]
+        pixels = [torch.tensor(list(x.tobytes()), dtype=torch.int) for x in (plain, picture)]
         assert (pixels[0] - pixels[1]).abs().max() <= 1
-    late = StableDiffusion(*copy.deepcopy(parts), device="cpu").txt2img("a cat", guided_times=(0, 500), **settings)[0]
+    late = StableDiffusion(*copy.deepcopy(parts), "cpu").txt2img("a cat", guided_times=(0, 500), **settings)[0]
     assert late.tobytes() != plain.tobytes()
 
 
@@ -239,13 +263,13 @@ def test_nothing_is_made_on_another_device_than_the_one_asked_for():
             return made
 
     parts, _ = random_parts()
-    sd = StableDiffusion(*parts, device="cpu", fast=True)
+    sd = speed_up(StableDiffusion(*parts, "cpu"), fast=True)
     sd.device = torch.device("meta")
-    for network in (sd.text_encoder, sd.vae, sd.unet):
+    for network in sd.networks().values():
         network.to("meta")
     with Elsewhere() as elsewhere:
         *_, drawing = sd.steps("a cat", steps=3, seed=0, n=2, guided_times=(300, 900), two_passes=True)
-        decoded = sd.codec().decode(drawing.latents)
+        decoded = sd.vae.decode(drawing.latents)
     assert {x.device.type for x in (drawing.latents, drawing.x0, decoded)} == {"meta"}
     noise = {(2, 4, 4, 4), (4, 4, 4), (1, 4, 4, 4)}
     expected = noise | {(1, 77), (3,), (1000,)}

@@ -106,7 +106,7 @@ def test_vae_loss_of_a_perfect_decoder_is_its_kl(vae):
     task = VAETask(vae)
     batch = task.examples(rngs(1))
     task.vae = nn.Module()
-    task.vae.encode, task.vae.config = vae.encode, vae.config
+    task.vae.unscaled, task.vae.config = vae.unscaled, vae.config
     task.vae.decode = lambda latents: batch["image"]
     losses = task(batch)
     assert losses["absolute"] == 0 and losses["loss"].item() == pytest.approx(task.kl * losses["kl"].item())
@@ -179,7 +179,7 @@ def test_numbered_scenes_and_their_latents(vae):
     assert numbered_scene(3) == numbered_scene(3) != numbered_scene(4)
     latents = encode_scenes(vae, range(3, 6), batch=2)
     assert latents.shape == (3, 4, 16, 16) and latents.dtype == torch.float16
-    one = vae.encode(to_tensor(numbered_scene(4).render())[None]).mean
+    one = vae.unscaled(to_tensor(numbered_scene(4).render())[None]).mean
     torch.testing.assert_close(latents[1:2].float(), one.detach(), atol=2e-3, rtol=2e-3)
 
 

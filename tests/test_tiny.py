@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sdlearn.tiny import recipe as tiny
+from sdlearn.checkpoint.load import load_unet
 from sdlearn.pipeline import StableDiffusion
+from sdlearn.tiny import recipe as tiny
 from sdlearn.tiny.judge import look
 from sdlearn.tiny.recipe import (
     BANK,
@@ -29,7 +30,6 @@ from sdlearn.tiny.tasks import GuidedTask, PlacesTask
 from sdlearn.training import Average, averaged_weights, resume
 from sdlearn.unet import UNet
 from sdlearn.vae import VAE
-from sdlearn.weights import load_unet
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +103,9 @@ def test_the_unet_task_stands_on_the_others(runs):
     assert all(torch.equal(p, taught[f"text_encoder.{name}"]) for name, p in task.text_encoder.named_parameters())
 
 
-def test_the_guided_stage_begins_with_the_trained_unet_and_is_what_is_exported(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny.make_unet, "__defaults__", (2048, tiny.HintedTask))
-    task, saved = tiny.make_guided(runs), averaged_weights(runs / "unet" / "state.pt")
+@pytest.mark.slow
+def test_the_guided_stage_begins_with_the_trained_unet_and_is_what_is_exported(runs, tmp_path):
+    task, saved = tiny.make_guided(runs, bank=2048), averaged_weights(runs / "unet" / "state.pt")
     assert isinstance(task, GuidedTask) and task.drop == 0
     assert all(torch.equal(p, saved[f"unet.{name}"]) for name, p in task.unet.named_parameters())
     mine = tmp_path / "runs"
@@ -119,13 +119,14 @@ def test_the_guided_stage_begins_with_the_trained_unet_and_is_what_is_exported(r
         torch.testing.assert_close(weight, saved[f"unet.{name}"] + 0.5, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_export_writes_a_checkpoint_that_the_pipeline_loads(runs, tmp_path):
     from sdlearn.tiny.evaluate import load_judge
 
     folder = tmp_path / "tiny"
     tiny.export(runs, folder)
     model = StableDiffusion.load(folder, device="cpu")
-    assert model.size == 128 and model.vae.config.scale == make_unet(runs, bank=2048).vae.config.scale
+    assert model.size == (128, 128) and model.vae.config.scale == make_unet(runs, bank=2048).vae.config.scale
     saved = torch.load(runs / "unet" / "state.pt", weights_only=True)["average"]
     for name, value in model.unet.state_dict().items():
         torch.testing.assert_close(value, saved[f"unet.{name}"], atol=1e-3, rtol=1e-3)
@@ -138,6 +139,7 @@ def test_export_writes_a_checkpoint_that_the_pipeline_loads(runs, tmp_path):
     assert len(previews) == 8 and previews[0] == "preview-000500.jpg" and previews[-1] == "preview-010000.jpg"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_a_place_to_begin_from(runs, tmp_path):
     tiny.export(runs, tmp_path / "tiny")
     tiny.begin(tmp_path / "runs", tmp_path / "tiny")

@@ -294,7 +294,7 @@ def test_interrupted_save_leaves_whole_files(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_text", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ValueError, match="cannot be written .No space left on device.: make room on the disk"):
         Tokenizer([("a", "b"), ("ab", "c")]).save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -302,28 +302,86 @@ def test_interrupted_save_leaves_whole_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("vocab.json", None, "vocab.json: it is missing"),
-        ("merges.txt", None, "merges.txt: it is missing"),
-        ("vocab.json", b'{"!": 0, ', "cannot read .*vocab.json"),
-        ("vocab.json", b"[1, 2]", "an object is wanted"),
-        ("vocab.json", b"{}", "does not follow from merges.txt"),
-        ("merges.txt", b"#version: 0.2\na b c\n", "merge 0 in merges.txt has 3 symbols"),
+        ("vocab.json", None, "vocab.json is missing: copy the folder again"),
+        ("merges.txt", None, "holds no tokenizer: tokenizer.json, or vocab.json and merges.txt, are wanted"),
+        ("vocab.json", b'{"!": 0, ', "vocab.json cannot be read as JSON"),
+        ("vocab.json", b"[1, 2]", "vocab.json holds a list, but a JSON object is wanted"),
+        ("vocab.json", b"{}", "does not follow from its merges"),
+        ("merges.txt", b"#version: 0.2\na b c\n", "merge 0 in .*merges.txt has 3 symbols"),
         ("merges.txt", b"a b\nabx c\n", "merge 1 joins 'abx' and 'c'"),
-        ("merges.txt", b"\xff\xfe", "cannot read .*merges.txt"),
+        ("merges.txt", b"\xff\xfe", "merges.txt cannot be read as text"),
         ("merges.txt", b"", "does not follow"),
-        ("tokenizer_config.json", b"{", "cannot read .*tokenizer_config.json"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json cannot be read as JSON"),
         ("tokenizer_config.json", b'{"pad_token": "<pad>"}', "'<pad>' is not in the vocabulary"),
         ("tokenizer_config.json", b'{"model_max_length": 1}', "positions is 1"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": 1}}', "adds tokens that do not follow"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": []}', None),
+        ("added_tokens.json", b'{"<cat>": 7}', "adds tokens that do not follow on its vocabulary of 515"),
+        ("added_tokens.json", b'{"<cat>": "515"}', "adds tokens that do not follow"),
+        ("added_tokens.json", b'{"<cat>": 515, "<dog>": 517}', "adds tokens that do not follow"),
+        ("added_tokens.json", b'{" ": 515}', "adds tokens that do not follow"),
     ],
 )
 def test_damaged_folders(tmp_path, name, content, sentence):
     Tokenizer([("a", "b")]).save(tmp_path)
-    (tmp_path / name).unlink()
+    (tmp_path / name).unlink(missing_ok=True)
     if content is not None:
         (tmp_path / name).write_bytes(content)
+    if sentence is None:
+        assert Tokenizer.load(tmp_path)
+        return
     with pytest.raises(ValueError, match=sentence) as caught:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+MODERN = [  # a tokenizer.json -> what is said
+    ("[]", "tokenizer.json holds a list, but a JSON object is wanted"),
+    ("{}", "tokenizer.json has no list of merges"),
+    ('{"model": 7}', "tokenizer.json has no list of merges"),
+    ('{"model": {"vocab": {}, "merges": ["a b c"]}}', "merge 0 in .*tokenizer.json has 3 symbols"),
+    ('{"model": {"vocab": {}, "merges": [["a", 1]]}}', "merge 0 in .*tokenizer.json has 2 symbols"),
+    ('{"model": {"vocab": {}, "merges": [7]}}', "merge 0 in .*tokenizer.json has 0 symbols"),
+    ('{"model": {"merges": []}}', "has no vocabulary"),
+    ('{"model": {"vocab": {}, "merges": []}}', "does not follow from its merges"),
+    ('{"model": {"vocab": {}, "merges": []}, "added_tokens": [1]}', "adds tokens that do not follow"),
+]
+
+
+@pytest.mark.parametrize(("content", "sentence"), MODERN)
+def test_damaged_files_of_transformers_5(tmp_path, content, sentence):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["tokenizer.json alone", "also in merges.txt"])
+def test_added_tokens_are_those_of_transformers(tmp_path, old):
+    """Saved by the pinned library with two new words: one id each, wherever and however they are typed."""
+    Tokenizer.train(["a red apple", "a red fox"] * 2).save(tmp_path / "ours")
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / "ours")
+    theirs.add_tokens(["<cat-toy>", "<Style>"])
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert not (tmp_path / "theirs" / "merges.txt").exists()
+    loaded = Tokenizer.load(tmp_path / "theirs")
+    if old:
+        loaded.save(tmp_path / "again")
+        loaded = Tokenizer.load(tmp_path / "again")
+        theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / "again")
+    assert len(loaded) == len(theirs) and list(loaded.added.values()) == ["<cat-toy>", "<Style>"]
+    for text in ("a red <cat-toy>", "<CAT-TOY>, <style>s", "x<cat-toy>y", "<cat-toy", "<cat-toy><cat-toy> a apple"):
+        assert loaded.encode(text) == theirs(text).input_ids[1:-1], text
+    assert "<cat-toy>" in loaded.decode(loaded.encode("a <cat-toy>"))
+
+
+def test_merges_may_be_pairs_or_words(tmp_path):
+    ours = Tokenizer.train(["a red apple", "a red fox"] * 2)
+    for merges in ([list(pair) for pair in ours.merges], [" ".join(pair) for pair in ours.merges]):
+        content = {"model": {"vocab": ours.vocab, "merges": merges}}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        loaded = Tokenizer.load(tmp_path)
+        assert loaded.merges == ours.merges and loaded.vocab == ours.vocab and loaded.positions == 77
 
 
 # -- wrong use, and speed -------------------------------------------------------------------------------------------

@@ -207,6 +207,7 @@ def launch(tmp_path, batch):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does_with_the_whole_batch(tmp_path):
     one = weights_after(tmp_path / "one", RECIPE)
     done = launch(tmp_path, RECIPE.batch)
@@ -218,6 +219,7 @@ def test_two_processes_learn_what_one_does_with_the_whole_batch(tmp_path):
         torch.testing.assert_close(two[name], value, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     done = launch(tmp_path, 3)
     assert done.returncode != 0 and "refused: a batch of 3 does not divide among 2 processes" in done.stderr

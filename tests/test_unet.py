@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sdlearn.blocks import Downsample
+from sdlearn.tiny.recipe import UNET_SIZES
 from sdlearn.unet import GEGLU, SpatialTransformer, Stage, UNet, UNetConfig, attention_maps, record_attention
 
-TINY = UNetConfig(channels=(96, 192, 256), attention=(True, True, True), heads=(3, 6, 8), blocks=1, context_width=192)
 SMALL = UNetConfig(channels=(32, 64), attention=(True, False), heads=(4, 4), blocks=1, context_width=24, groups=8)
 LIKE_SD15 = UNetConfig(channels=(32, 64, 96, 96), context_width=48)  # SD 1.5's pattern, a tenth of its width
 
@@ -75,7 +75,7 @@ def difference(ours, theirs, arguments) -> float:
     return (ours(latents, t, context) - answer).abs().max().item()
 
 
-@pytest.mark.parametrize("config", [TINY, SMALL, LIKE_SD15], ids=["tiny", "small", "like SD 1.5"])
+@pytest.mark.parametrize("config", [UNET_SIZES, SMALL, LIKE_SD15], ids=["tiny", "small", "like SD 1.5"])
 def test_equals_diffusers(config):
     ours, theirs = pair(config)
     assert difference(ours, theirs, inputs(config, 3)) <= 1e-4
@@ -198,8 +198,8 @@ def test_a_wrong_config_is_refused(wrong, message):
 
 
 def test_wrong_inputs_are_refused():
-    unet = UNet(TINY)
-    latents, t, context = inputs(TINY)
+    unet = UNet(UNET_SIZES)
+    latents, t, context = inputs(UNET_SIZES)
     with pytest.raises(ValueError, match="latents have 3 channels, but this U-Net takes 4"):
         unet(latents[:, :3], t, context)
     with pytest.raises(ValueError, match="context is 100 wide, but this U-Net reads 192"):
@@ -208,8 +208,8 @@ def test_wrong_inputs_are_refused():
 
 @torch.no_grad()
 def test_recorded_attention():
-    unet = UNet(TINY)
-    arguments = inputs(TINY)
+    unet = UNet(UNET_SIZES)
+    arguments = inputs(UNET_SIZES)
     before, finished = unet(*arguments), {}
     hooks = [
         part.register_forward_hook(lambda part, args, y, name=name: finished.update({name: (part, args[1], y)}))
@@ -220,9 +220,9 @@ def test_recorded_attention():
         assert torch.equal(unet(*arguments), before)
     for hook in hooks:
         hook.remove()
-    assert len(maps) == 10  # three stages down, the middle, six stages up
-    assert maps["down.0.attention.transformer_blocks.0.attn2"].shape == (2, 3, 256, 77)
-    assert maps["middle.attention.transformer_blocks.0.attn2"].shape == (2, 8, 16, 77)
+    assert len(maps) == 7  # two stages down, the middle, four stages up
+    assert maps["down.2.attention.transformer_blocks.0.attn2"].shape == (2, 6, 64, 77)
+    assert maps["middle.attention.transformer_blocks.0.attn2"].shape == (2, 7, 16, 77)
     for name, p in maps.items():
         assert torch.allclose(p.sum(-1), torch.ones(()), atol=1e-5)
         part, context, y = finished[name]  # the probabilities are the layer's own: with them its work can be redone

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdlearn.tiny.recipe import VAE_SIZES
 from sdlearn.vae import VAE, DiagonalGaussian, VAEConfig
 
-TINY = VAEConfig((32, 64, 128, 192), blocks=1, latent_channels=4, groups=8)
+SIZES = replace(VAE_SIZES, scale=0.9)  # the tiny model's; its scale was measured
 MINI = VAEConfig((8, 16), blocks=1, groups=4)
 THEIRS_TO_OURS = {
     "down_blocks": "levels",
@@ -38,14 +39,14 @@ def pair():
 
     torch.manual_seed(0)
     theirs = AutoencoderKL(
-        block_out_channels=TINY.channels, layers_per_block=TINY.blocks, norm_num_groups=TINY.groups,
+        block_out_channels=SIZES.channels, layers_per_block=SIZES.blocks, norm_num_groups=SIZES.groups,
         latent_channels=4, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
     ).eval()  # fmt: skip
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    ours = VAE(TINY).eval()
+    ours = VAE(SIZES).eval()
     ours.load_state_dict({our_name(name): value for name, value in theirs.state_dict().items()})
     return theirs, ours
 
@@ -57,10 +58,10 @@ def test_equals_diffusers(pair, height, width):
     image, latents = torch.rand(2, 3, height, width) * 2 - 1, torch.randn(2, 4, height // 8, width // 8)
     wanted, cloud = theirs.encode(image).latent_dist, ours.encode(image)
     assert cloud.mean.std() > 0.05 and cloud.logvar.std() > 0.05
-    assert (cloud.mean - wanted.mean).abs().max() <= 1e-4
-    assert (cloud.logvar - wanted.logvar).abs().max() <= 1e-4
-    torch.testing.assert_close(cloud.kl(), wanted.kl(), rtol=1e-4, atol=1e-4)
-    again = theirs.decode(latents / TINY.scale).sample
+    assert (cloud.mean - SIZES.scale * wanted.mean).abs().max() <= 1e-4
+    assert (cloud.logvar - wanted.logvar - 2 * math.log(SIZES.scale)).abs().max() <= 1e-4
+    torch.testing.assert_close(ours.unscaled(image).kl(), wanted.kl(), rtol=1e-4, atol=1e-4)
+    again = theirs.decode(latents / SIZES.scale).sample
     assert again.std() > 0.05
     assert (ours.decode(latents) - again).abs().max() <= 1e-4
 
@@ -71,7 +72,7 @@ def test_draws_equal_diffusers(pair):
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     wanted = theirs.encode(image).latent_dist.sample(torch.Generator().manual_seed(5))
     mine = ours.encode(image).sample(torch.Generator().manual_seed(5))
-    assert (mine - wanted).abs().max() <= 1e-4
+    assert (mine - SIZES.scale * wanted).abs().max() <= 1e-4
 
 
 def test_full_size_has_the_published_counts():

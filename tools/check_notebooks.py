@@ -27,7 +27,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|work|tmp|mnt|opt|usr|var|private)/[\w.~-]+|\b[A-Z]:\\{1,2}Users\b")
 ADDRESS = re.compile(r"\b0x[0-9a-f]{8,}\b")
 PICTURE = re.compile(r"base64,[A-Za-z0-9+/=\s]+")
-LINES, LONG_LINES, BYTES = 25, 60, 1_000_000
+LINES = {"exported": 90, "folded": 90, "open": 30}  # about 25 is what one takes in at once; drawings are folded
+BYTES = 1_000_000
 
 
 def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -37,8 +38,23 @@ def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": LANGUAGE})
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i:03d}"
-        cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k in ("tags", "mystnb") and v})
+        kept = {k: v for k, v in cell.metadata.items() if k in ("tags", "mystnb") and v}
+        cell.metadata = nbformat.from_dict(kept | folds(cell))
     return notebook
+
+
+def folds(cell: nbformat.NotebookNode) -> dict:
+    """What a code cell's tags mean in a notebook: `hide-input` hides its code, `solution` its outputs, too.
+
+    `jupyter` and `collapsed` are read by JupyterLab and VS Code, `cellView` by Colab.
+    """
+    tags = cell.metadata.get("tags", [])
+    if cell.cell_type != "code" or not {"hide-input", "solution"} & set(tags):
+        return {}
+    folded = {"jupyter": {"source_hidden": True}, "cellView": "form"}
+    if "solution" in tags:
+        folded |= {"jupyter": {"outputs_hidden": True, "source_hidden": True}, "collapsed": True}
+    return folded
 
 
 def output_text(output: nbformat.NotebookNode) -> str:
@@ -51,9 +67,12 @@ def code_findings(cell: nbformat.NotebookNode) -> Iterator[str]:
     """What is wrong with one code cell."""
     tags = cell.metadata.get("tags", [])
     lines = [line for line in cell.source.splitlines() if not line.startswith("#|")]
-    may_be_long = re.search(r"^(class |#\| ?export)", cell.source, re.MULTILINE)
-    if len(lines) > (limit := LONG_LINES if may_be_long else LINES):
-        yield f"has {len(lines)} lines of code; at most {limit} here, so split it"
+    exported = re.search(r"^#\| ?export", cell.source, re.MULTILINE)
+    kind = "exported" if exported else "folded" if {"hide-input", "solution"} & set(tags) else "open"
+    if len(lines) > LINES[kind]:
+        yield f"has {len(lines)} lines of code; at most {LINES[kind]} in a cell that is {kind}, so split it"
+    if kind == "folded" and not re.match(r"#|def |class |[\w, ]+=|with |for |[\w.]+\(", cell.source):
+        yield f"is folded and shows {cell.source[:30]!r}; begin it with a comment that says what it holds"
     for output in cell.outputs:
         if output.output_type == "error" and "raises-exception" not in tags:
             yield f"ends in {output.ename}; mend it, or tag it raises-exception"

@@ -4,6 +4,8 @@
     python tools/export.py book/05_vae.ipynb    write only the modules that this notebook feeds
     python tools/export.py --check              write nothing; exit 1 and name the modules that differ
 
+A long class may be told in pieces: `class X(X):` adds methods to the class X of an earlier cell; the module gets one class.
+
 The words are nbdev's: `#| default_exp vae` names the notebook's module, `#| export` sends a cell there,
 `#| export blocks` sends it to another module. The first string of a module's first cell is its docstring.
 """
@@ -81,6 +83,9 @@ def add_cell(module: Module, code: str) -> None:
         elif i == 0 and (docstring := ast.get_docstring(tree)) and not module.docstring and not module.bodies:
             module.docstring = docstring
             lifted.update(span)
+        elif isinstance(node, ast.ClassDef) and node.name in {ast.unparse(base) for base in node.bases}:
+            continue_class(module, node, lines[node.lineno : node.end_lineno])
+            lifted.update(span)
         elif isinstance(node, DEFINITIONS):
             names = defined_names(node)
             if isinstance(node, ast.AugAssign) and (table := ast.unparse(node.target)) not in module.names:
@@ -95,6 +100,18 @@ def add_cell(module: Module, code: str) -> None:
         raise ExportError(f"two statements share the line '{lines[min(kept & lifted)].strip()}'; use two lines")
     if body := "\n".join(line for i, line in enumerate(lines) if i not in lifted).strip():
         module.bodies.append(body)
+
+
+def continue_class(module: Module, node: ast.ClassDef, members: list[str]) -> None:
+    """Put the members of `class X(X):` at the end of the class X that an earlier cell began."""
+    for i, body in enumerate(module.bodies):
+        for there in ast.parse(body).body:
+            if isinstance(there, ast.ClassDef) and there.name == node.name:
+                lines = body.splitlines()
+                lines[there.end_lineno : there.end_lineno] = ["", *members]
+                module.bodies[i] = "\n".join(lines)
+                return
+    raise ExportError(f"'class {node.name}({node.name})' goes on with a class that no earlier cell begins")
 
 
 def read_notebook(path: Path, modules: dict[str, Module]) -> None:

@@ -1,28 +1,62 @@
-"""The journey of a prompt as a figure: book/_static/journey-NN.svg, with the stage of chapter NN lit; and as a map to
-click, book/_static/map.html, which the first page includes: one drawing for wide screens, one for phones.
+"""book/chapters.toml -> all that lists the chapters: the journey of a prompt as a figure, book/_static/journey-NN.svg,
+with the stage of chapter NN lit; the map to click on the first page, book/_static/map.html, one drawing for wide
+screens and one for phones; the tables of README.md and book/index.md; _toc.yml. And the first code of README.md,
+from src/sdlearn/minimal.py.
 
-python tools/journey.py            write the figures
+python tools/journey.py            write them
 python tools/journey.py --check    write nothing; exit 1 if one differs
 """
 
 from __future__ import annotations
 
+import re
 import sys
+import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
-BOOK = Path(__file__).resolve().parent.parent / "book"
-FOLDER = BOOK / "_static"
-STAGES = [  # chapters, words, x, y, width
-    (("01",), "Tokenizer", 108, 84, 96),
-    (("02", "03"), "Text encoder", 262, 84, 112),
-    (("06",), "Time", 446, 18, 72),
-    (("07",), "U-Net", 446, 84, 72),
-    (("10",), "Guidance", 546, 84, 86),
-    (("08", "13"), "Sampler", 546, 150, 86),
-    (("05",), "VAE decoder", 714, 84, 104),
-    (("04",), "Scenes", 108, 226, 96),
-    (("09",), "Training", 262, 226, 112),
-    (("11",), "Weights", 446, 226, 72),
+ROOT = Path(__file__).resolve().parent.parent
+BOOK = ROOT / "book"
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A row of chapters.toml."""
+
+    file: str
+    title: str
+    maps: str
+    builds: str
+    modules: list[str]
+    minutes: int
+    part: str = ""
+    stage: str = ""
+    about: str = ""
+    short: str = ""
+
+    @property
+    def number(self) -> str:
+        return self.file[:2]
+
+
+def read_chapters(book: Path = BOOK) -> list[Chapter]:
+    """The chapters whose notebooks are there, in order."""
+    rows = tomllib.loads((book / "chapters.toml").read_text("utf-8"))["chapter"]
+    return [Chapter(**row) for row in rows if (book / f"{row['file']}.ipynb").exists()]
+
+
+CHAPTERS = read_chapters()
+STAGES = [  # words, x, y, width
+    ("Tokenizer", 108, 84, 96),
+    ("Text encoder", 262, 84, 112),
+    ("Time", 446, 18, 72),
+    ("U-Net", 446, 84, 72),
+    ("Guidance", 546, 84, 86),
+    ("Sampler", 546, 150, 86),
+    ("VAE decoder", 714, 84, 104),
+    ("Scenes", 108, 226, 96),
+    ("Training", 262, 226, 112),
+    ("Weights", 446, 226, 72),
 ]
 THINGS = [
     ("“a red apple”", 43, 108),
@@ -41,10 +75,11 @@ DEFS = (
 )
 
 
-def stage(chapters: tuple[str, ...], words: str, x: int, y: int, width: int, lit: bool) -> str:
+def stage(words: str, x: int, y: int, width: int, chapter: Chapter) -> str:
+    lit = chapter.stage in ("", words)
     fill, ink, line = ("#d2612f", "#ffffff", "#a8481d") if lit else ("#eef2f5", "#33404a", "#9fb0bc")
     middle = x + width / 2
-    numbers = ", ".join(chapters)
+    numbers = ", ".join(c.number for c in CHAPTERS if c.stage == words)
     return (
         f'<rect x="{x}" y="{y}" width="{width}" height="40" rx="8" fill="{fill}" stroke="{line}" stroke-width="1.5"/>'
         f'<text x="{middle}" y="{y + 18}" text-anchor="middle" font-weight="600" fill="{ink}">{words}</text>'
@@ -52,10 +87,9 @@ def stage(chapters: tuple[str, ...], words: str, x: int, y: int, width: int, lit
     )
 
 
-def journey(chapter: str) -> str:
-    """The figure of one chapter; 00, 12 and 19 light all of it."""
-    whole = chapter in ("00", "12", "19")
-    parts = [stage(*s, lit=whole or chapter in s[0]) for s in STAGES]
+def journey(chapter: Chapter) -> str:
+    """The figure of one chapter; a chapter without a stage lights all of it."""
+    parts = [stage(*place, chapter) for place in STAGES]
     parts += [
         f'<text x="{x}" y="{y}" text-anchor="middle" font-style="italic">{words}</text>' for words, x, y in THINGS
     ]
@@ -83,21 +117,14 @@ def journey(chapter: str) -> str:
 
 
 # --- the map to click
-NAMES = {
-    "00": "The journey", "01": "Tokenizer", "02": "Attention", "03": "CLIP", "04": "Scenes", "05": "VAE", "06": "Time",
-    "07": "U-Net", "08": "Sampler", "09": "Training", "10": "Guidance", "11": "Weights", "12": "Pipeline",
-    "13": "Samplers", "19": "Speed",
-}  # fmt: skip
-SPOKEN = {
-    "00": "The journey: the whole way on one page", "12": "Pipeline: the whole way in one class",
-    "13": "Samplers: fewer looks, the same picture", "19": "Speed and memory: the same for less",
-}  # fmt: skip
+FURTHER = "V. Going further"  # the part whose boxes stand in rows below the map
 WIDE = {
-    "size": (760, 442),
+    "size": (760, 386),
+    "row": 4,
     "boxes": {  # chapter: x, y, width
         "00": (10, 8, 740), "01": (124, 74, 88), "02": (268, 74, 84), "03": (358, 74, 72), "06": (246, 166, 80),
         "07": (344, 166, 86), "10": (448, 166, 96), "08": (562, 166, 84), "04": (10, 278, 88), "09": (122, 278, 92),
-        "11": (238, 278, 92), "05": (562, 278, 84), "12": (10, 342, 740), "13": (10, 396, 365), "19": (385, 396, 365),
+        "11": (238, 278, 92), "05": (562, 278, 84), "12": (10, 342, 740),
     },
     "arrows": ["M106 96H122", "M212 96H266", "M394 118V164", "M326 188H342", "M430 188H446", "M544 188H560",
                "M604 210V224H387V212", "M206 188H234", "M628 246V276", "M646 300H690", "M98 300H120", "M214 300H236"],
@@ -108,12 +135,12 @@ WIDE = {
     "apple": (712, 302),
 }  # fmt: skip
 TALL = {
-    "size": (360, 872),
+    "size": (360, 754),
+    "row": 2,
     "boxes": {
         "00": (10, 8, 340), "01": (100, 98, 160), "02": (20, 180, 155), "03": (185, 180, 155), "06": (24, 280, 150),
         "07": (186, 280, 150), "10": (24, 352, 150), "08": (186, 352, 150), "05": (100, 476, 160), "12": (10, 614, 340),
-        "04": (10, 706, 104), "09": (128, 706, 104), "11": (246, 706, 104), "13": (10, 764, 340),
-        "19": (10, 818, 340),
+        "04": (10, 706, 104), "09": (128, 706, 104), "11": (246, 706, 104),
     },
     "arrows": ["M180 86V96", "M180 142V178", "M261 224V278", "M174 302H184", "M246 324V338H140V350", "M174 374H184",
                "M300 352V326", "M180 432V474", "M180 520V544", "M114 728H126", "M232 728H244"],
@@ -146,19 +173,29 @@ html[data-theme="dark"] .journey-map a:focus-visible .box { stroke: #ef9467 }
 """
 
 
-def box_to_click(chapter: str, x: int, y: int, width: int) -> str:
-    page = next(BOOK.glob(f"{chapter}_*.ipynb")).stem
-    spoken, middle = SPOKEN.get(chapter, NAMES[chapter]), x + width / 2
+def box_to_click(chapter: Chapter, x: int, y: int, width: int) -> str:
+    name, middle = chapter.short or chapter.title, x + width / 2
+    spoken = chapter.about or chapter.title
     if width > 300:  # one line
-        words = f'<tspan class="name">{chapter}</tspan> {spoken}'
+        words = f'<tspan class="name">{chapter.number}</tspan> {spoken}'
         label = f'<text x="{middle:g}" y="{y + 27}" text-anchor="middle">{words}</text>'
     else:
         label = (
-            f'<text class="name" x="{middle:g}" y="{y + 19}" text-anchor="middle">{NAMES[chapter]}</text>'
-            f'<text x="{middle:g}" y="{y + 37}" text-anchor="middle">{chapter}</text>'
+            f'<text class="name" x="{middle:g}" y="{y + 19}" text-anchor="middle">{name}</text>'
+            f'<text x="{middle:g}" y="{y + 37}" text-anchor="middle">{chapter.number}</text>'
         )
     box = f'<rect class="box" x="{x}" y="{y}" width="{width}" height="44" rx="8"/>'
-    return f'<a href="{page}.html" aria-label="Chapter {chapter}: {spoken}">{box}{label}</a>'
+    return f'<a href="{chapter.file}.html" aria-label="Chapter {chapter.number}: {spoken}">{box}{label}</a>'
+
+
+def places_of(plan: dict) -> tuple[dict[str, tuple[int, int, int]], int]:
+    """Chapter -> x, y, width of its box: drawn by hand, or, in the last part, in rows; and the height of it all."""
+    width, height = plan["size"]
+    further = [c.number for c in CHAPTERS if c.part == FURTHER]
+    row = min(plan["row"], max(len(further), 1))
+    each = (width - 20 - 8 * (row - 1)) // row
+    places = {n: (10 + i % row * (each + 8), height + 10 + i // row * 52, each) for i, n in enumerate(further)}
+    return plan["boxes"] | places, height + (4 - len(further) // -row * 52 if further else 0)
 
 
 def thing(words: str, x: int, y: int) -> str:
@@ -167,7 +204,7 @@ def thing(words: str, x: int, y: int) -> str:
 
 def map_of(plan: dict, kind: str) -> str:
     """One drawing, as an inline SVG whose boxes are links."""
-    width, height = plan["size"]
+    width, (boxes, height) = plan["size"][0], places_of(plan)
     x, y, w, h = plan["frame"]
     tip = f'<marker id="tip-{kind}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
     wire = f'class="wire" marker-end="url(#tip-{kind})"'
@@ -180,7 +217,7 @@ def map_of(plan: dict, kind: str) -> str:
         *(thing(words, *place) for words, place in plan["things"].items()),
         f'<circle cx="{cx}" cy="{cy}" r="16" fill="#ea5a47" stroke="#222" stroke-width="2"/>',
         f'<path d="M{cx} {cy - 15}q1 -8 9 -9" class="wire"/>',
-        *(box_to_click(chapter, *place) for chapter, place in sorted(plan["boxes"].items())),
+        *(box_to_click(c, *boxes[c.number]) for c in CHAPTERS),
     ]
     title = "The journey of a prompt: a map of the chapters"
     head = f'<svg class="journey-map journey-{kind}" viewBox="0 0 {width} {height}" role="group" aria-label="{title}">'
@@ -191,17 +228,99 @@ def map_page() -> str:
     return f"<style>{STYLE}</style>\n{map_of(WIDE, 'wide')}\n{map_of(TALL, 'tall')}\n"
 
 
+# --- tables and contents
+
+
+def parts() -> list[tuple[str, list[Chapter]]]:
+    """The parts of the book with their chapters; the first one has no name."""
+    found: list[tuple[str, list[Chapter]]] = []
+    for chapter in CHAPTERS:
+        if not found or chapter.part not in ("", found[-1][0]):
+            found.append((chapter.part, []))
+        found[-1][1].append(chapter)
+    return found
+
+
+def module_file(module: str) -> str:
+    room = (ROOT / "src" / "sdlearn" / module).is_dir()
+    return f"`{module}/`" if room else f"`{module.replace('.', '/')}.py`"
+
+
+def table(head: str, cells, folder: str) -> str:
+    """A table of the chapters: cells(chapter) follow its link."""
+    columns = head.count("|") - 1
+    lines = [head, "|---" * columns + "|"]
+    for part, chapters in parts():
+        if part:
+            lines.append(f"| **{part}** |" + " |" * (columns - 1))
+        for c in chapters:
+            lines.append(" | ".join([f"| [{c.number} {c.title}]({folder}{c.file}.ipynb)", *cells(c)]) + " |")
+    return "\n".join(lines).replace("  |", " |")
+
+
+def readme_table() -> str:
+    return table(
+        "| Chapter | What it builds | Module | Time |",
+        lambda c: (c.maps, ", ".join(map(module_file, c.modules)), f"{c.minutes} min"),
+        "book/",
+    )
+
+
+def index_table() -> str:
+    return table("| Chapter | You build | Reading |", lambda c: (c.builds, f"{c.minutes} min"), "")
+
+
+def contents() -> str:
+    """_toc.yml: the parts, then the pages beside the chapters."""
+    pages = "draw troubleshooting notation glossary rosetta teaching references".split()
+    groups = [(part or "Begin", [c.file for c in chapters]) for part, chapters in parts()]
+    groups.append(("Beside the chapters", [page for page in pages if (BOOK / f"{page}.md").exists()]))
+    lines = ["# written by tools/journey.py from book/chapters.toml", "format: jb-book", "root: book/index", "parts:"]
+    for part, files in groups:
+        lines += [f"  - caption: {part}", "    chapters:", *(f"      - file: book/{file}" for file in files)]
+    return "\n".join(lines) + "\n"
+
+
+def minimal() -> str:
+    """The code of minimal.py without its docstring and its list of names: the first that README shows."""
+    text = (ROOT / "src" / "sdlearn" / "minimal.py").read_text("utf-8")
+    code = text.partition('"""\n\n')[2]
+    return f"```python\n{re.sub(r'__all__ = .*', '', code).strip()}\n```".replace("\n\n\n\n", "\n\n")
+
+
+def filled(path: Path, **blocks: str) -> str:
+    """A page with fresh text between the marks of each block: <!-- name --> ... <!-- name end -->."""
+    page = path.read_text("utf-8")
+    for name, fresh in blocks.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- {name} end -->"
+        before, found, rest = page.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not found or not ended:
+            sys.exit(f"{path.name} has no {begin.strip()} ... {end}, where tools/journey.py writes")
+        page = f"{before}{begin}\n{fresh}\n\n{end}{after}"
+    return page
+
+
+def texts() -> dict[Path, str]:
+    """All that is written."""
+    figures = {BOOK / "_static" / f"journey-{c.number}.svg": journey(c) for c in CHAPTERS}
+    return figures | {
+        BOOK / "_static" / "map.html": map_page(),
+        ROOT / "_toc.yml": contents(),
+        ROOT / "README.md": filled(ROOT / "README.md", chapters=readme_table(), minimal=minimal()),
+        BOOK / "index.md": filled(BOOK / "index.md", chapters=index_table()),
+    }
+
+
 def main() -> int:
-    chapters = [f"{number:02d}" for number in (*range(14), 19)]
-    texts = {f"journey-{chapter}.svg": journey(chapter) for chapter in chapters} | {"map.html": map_page()}
-    there = {path.name: path.read_text("utf-8") for path in FOLDER.iterdir() if path.name in texts}
-    stale = [name for name, text in texts.items() if there.get(name) != text]
+    wanted = texts()
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text]
     if "--check" in sys.argv:
         if stale:
-            print("stale; run tools/journey.py:", ", ".join(stale))
+            print("not as book/chapters.toml says; run `make export`:", ", ".join(path.name for path in stale))
         return int(bool(stale))
-    for name in stale:
-        (FOLDER / name).write_text(texts[name], "utf-8")
+    for path in stale:
+        path.write_text(wanted[path], "utf-8", newline="\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Names in three languages: book/rosetta.md, made from the maps of sdlearn.names at the sizes of SD 1.5.
+"""Names in three languages: book/rosetta.md, made from the maps of sdlearn.checkpoint.dialects at the sizes of SD 1.5.
 
 python tools/rosetta.py            write the page
 python tools/rosetta.py --check    write nothing; exit 1 if the page differs
@@ -18,11 +18,11 @@ from typing import NamedTuple
 from torch import nn
 
 from sdlearn.blocks import AttentionBlock, ResBlock
+from sdlearn.checkpoint.dialects import CLIP_RULES, PREFIXES, rename
+from sdlearn.checkpoint.load import empty, rules
 from sdlearn.clip import CLIPLayer, CLIPTextConfig, CLIPTextEncoder
-from sdlearn.names import CLIP_RULES, LDM_PREFIXES, VAE_RULES, ldm_unet_rules, ldm_vae_rules, rename, unet_rules
 from sdlearn.unet import SpatialTransformer, UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
-from sdlearn.weights import empty
 
 PAGE = Path(__file__).resolve().parent.parent / "book" / "rosetta.md"
 LINKS = {path.name[:2]: path.name for path in PAGE.parent.glob("[0-9][0-9]_*.ipynb")}
@@ -69,10 +69,10 @@ def networks() -> list[Network]:
         network(
             "The U-Net",
             empty(UNet, unet),
-            lambda name: rename(name, unet_rules(unet)),
-            lambda name: rename(name, ldm_unet_rules(unet)),
+            lambda name: rename(name, rules(unet)),
+            lambda name: rename(name, rules(unet, ldm=True)),
             "In diffusers' layout the file is `unet/diffusion_pytorch_model.safetensors`. In a single file every "
-            f"CompVis name has `{LDM_PREFIXES['unet']}` in front. Our `down` and `up` are flat lists, diffusers cuts "
+            f"CompVis name has `{PREFIXES['unet'][0]}` in front. Our `down` and `up` are flat lists, diffusers cuts "
             "them into levels $i$, and CompVis counts `conv_in` as number 0 and hides the upsamplers in other blocks.",
             "07",
             {ResBlock: ("a ResBlock", "05"), SpatialTransformer: ("a spatial transformer", "07")},
@@ -80,10 +80,10 @@ def networks() -> list[Network]:
         network(
             "The VAE",
             empty(VAE, vae),
-            lambda name: rename(name, VAE_RULES),
-            lambda name: rename(name, ldm_vae_rules(vae)),
+            lambda name: rename(name, rules(vae)),
+            lambda name: rename(name, rules(vae, ldm=True)),
             "In diffusers' layout the file is `vae/diffusion_pytorch_model.safetensors`. In a single file every "
-            f"CompVis name has `{LDM_PREFIXES['vae']}` in front. CompVis numbers the levels of its decoder from the "
+            f"CompVis name has `{PREFIXES['vae'][0]}` in front. CompVis numbers the levels of its decoder from the "
             "picture to the latents, so its last one runs first; and its attention is written with 1x1 convolutions, "
             "whose weights have the shape (C, C, 1, 1) where ours have (C, C).",
             "05",
@@ -96,7 +96,7 @@ def networks() -> list[Network]:
             lambda name: rename(name, CLIP_RULES),
             "The names are those of `transformers`, and CompVis' code used the same class. In "
             "`text_encoder/model.safetensors` every name has `text_model.` in front, in a single file "
-            f"`{LDM_PREFIXES['text']}text_model.`.",
+            f"`{PREFIXES['text_encoder'][0]}`.",
             "03",
             {CLIPLayer: ("a layer", "03")},
         ),
@@ -376,7 +376,7 @@ tensor.
 
 Braces hold a number: with $i = 1$ and $j = 0$, `down.{3i+j}.resnet.` is `down.3.resnet.`. A pattern that ends in a dot
 goes on with a name from the table "Inside ...". Every name ends in `.weight` or `.bias`, which is left out here. The
-numbers are those of SD 1.5, with two ResBlocks a level; `sdlearn.names` has the rules for any size.
+numbers are those of SD 1.5, with two ResBlocks a level; `sdlearn.checkpoint.dialects` has the rules for any size.
 """
 WORDS = """## Classes and functions
 

@@ -22,7 +22,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
-PATTERNS = ("*.md", "book/*.md", "book/*.ipynb", "src/sdlearn/*.py", "tools/*.py", "book/_ext/*.py")
+PATTERNS = ("*.md", "book/*.md", "book/*.ipynb", "src/sdlearn/**/*.py", "tools/*.py", "book/_ext/*.py")
 Line = tuple[str, str, bool]  # place, text, is it prose?
 
 

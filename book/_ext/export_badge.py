@@ -18,12 +18,7 @@ def read_directives(source: str) -> tuple[dict[str, str], str]:
 
 def badge(module: str) -> nodes.paragraph:
     path = f"src/sdlearn/{module}.py"
-    return nodes.paragraph(
-        "",
-        "",
-        nodes.inline("", f"→ {path}", classes=["export-badge"]),
-        classes=["export-line"],
-    )
+    return nodes.paragraph("", "", nodes.inline("", f"→ {path}", classes=["export-badge"]), classes=["export-line"])
 
 
 def dress_cells(app: Sphinx, doctree: nodes.document) -> None:

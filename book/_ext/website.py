@@ -37,73 +37,42 @@ def drop_thebe(app: Sphinx, config: Config) -> None:
         for listener in list(listeners):
             if listener.handler.__module__ == "sphinx_thebe":
                 app.events.listeners[name].remove(listener)
-    app.registry.css_files[:] = [
-        css for css in app.registry.css_files if "thebe" not in css[0]
-    ]
+    app.registry.css_files[:] = [css for css in app.registry.css_files if "thebe" not in css[0]]
 
 
-def name_download(
-    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
-) -> None:
+def name_download(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     """In a chapter the download button says what one gets."""
     if not context.get("sourcename", "").endswith(".ipynb"):
         return
     for group in context.get("header_buttons", []):
         for button in group.get("buttons", []):
             if button.get("label") == "download-source-button":
-                button.update(
-                    text="This notebook (.ipynb)",
-                    tooltip="Download this notebook, with its outputs",
-                )
+                button.update(text="This notebook (.ipynb)", tooltip="Download this notebook, with its outputs")
 
 
 def describe(doctree: nodes.document, length: int = 200) -> str:
     """The first real paragraph of a page, in plain words, cut at a word."""
     for paragraph in doctree.findall(nodes.paragraph):
         text = re.sub(r"\s+", " ", paragraph.astext()).strip()
-        if (
-            len(text) < 60
-            or "\\" in text
-            or not isinstance(paragraph.parent, nodes.section | nodes.document)
-        ):
+        if len(text) < 60 or "\\" in text or not isinstance(paragraph.parent, nodes.section | nodes.document):
             continue
-        return (
-            text
-            if len(text) <= length
-            else text[:length].rsplit(" ", 1)[0].rstrip(",;:") + " ..."
-        )
+        return text if len(text) <= length else text[:length].rsplit(" ", 1)[0].rstrip(",;:") + " ..."
     return ""
 
 
-def add_card(
-    app: Sphinx,
-    page: str,
-    template: str,
-    context: dict[str, Any],
-    doctree: nodes.document | None,
-) -> None:
+def add_card(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
     """Open Graph tags. Addresses are absolute when html.baseurl is known, else relative to the page."""
     if doctree is None:
         return
     base = app.config.html_baseurl.rstrip("/")
     width, height = struct.unpack(">II", CARD.read_bytes()[16:24])
-    title = re.sub(
-        r"<[^>]+>", "", context.get("title", "")
-    )  # the theme gives it as HTML, entities and all
-    image = (
-        f"{base}/_static/{CARD.name}"
-        if base
-        else context["pathto"](f"_static/{CARD.name}", 1)
-    )
+    title = re.sub(r"<[^>]+>", "", context.get("title", ""))  # the theme gives it as HTML, entities and all
+    image = f"{base}/_static/{CARD.name}" if base else context["pathto"](f"_static/{CARD.name}", 1)
     tags = [
         ("name", "description", escape(describe(doctree))),
         ("property", "og:title", title.replace('"', "&quot;")),
         ("property", "og:description", escape(describe(doctree))),
-        (
-            "property",
-            "og:type",
-            "website" if page == app.config.root_doc else "article",
-        ),
+        ("property", "og:type", "website" if page == app.config.root_doc else "article"),
         ("property", "og:site_name", escape(app.config.html_title)),
         ("property", "og:image", image),
         ("property", "og:image:alt", CARD_TEXT),
@@ -113,17 +82,11 @@ def add_card(
     ]
     if base:
         tags.append(("property", "og:url", f"{base}/{page}.html"))
-    lines = [
-        f'<meta {kind}="{name}" content="{value}" />'
-        for kind, name, value in tags
-        if value
-    ]
+    lines = [f'<meta {kind}="{name}" content="{value}" />' for kind, name, value in tags if value]
     context["metatags"] = "\n".join([context.get("metatags", ""), *lines])
 
 
-def mend_body(
-    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
-) -> None:
+def mend_body(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     """Two things that the writers of HTML leave: docutils calls the bibliography a list and its entries something
     else, so that a screen reader counts none; and a long name in code font may break at its dots and underscores."""
     body = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')

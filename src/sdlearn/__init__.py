@@ -1,7 +1,8 @@
-"""Stable Diffusion, built from an empty file: each module here was written in one chapter of the book.
+"""Stable Diffusion, built from an empty file; each module was written in a chapter.
 
-Follow a prompt on its way: tokenizer -> clip -> unet -> vae, with schedule, ddpm and guidance in between;
-pipeline joins them. Importing this package alone loads nothing heavy; import the module that you need.
+Follow a prompt on its way: tokenizer -> clip -> unet -> vae, with schedule, prediction,
+samplers and guidance in between; pipeline joins them, and minimal is the whole of it in
+thirty lines. Importing this package alone loads nothing heavy; import what you need.
 """
 
 __version__ = "0.1.0"

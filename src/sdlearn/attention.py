@@ -11,8 +11,9 @@ __all__ = ["Attention"]
 class Attention(nn.Module):
     """Multi-head self-attention, or cross-attention when a context is given.
 
-    x (B, T, D) and, for cross-attention, context (B, S, context_width) -> (B, T, D). With `causal` a token sees
-    itself and the tokens before it. Vaswani et al. 2017, section 3.2.
+    x (B, T, D) and, for cross-attention, context (B, S, context_width) -> (B, T, D).
+    With `causal` a token sees itself and the tokens before it. Vaswani et al. 2017,
+    section 3.2.
     """
 
     def __init__(
@@ -25,7 +26,8 @@ class Attention(nn.Module):
         super().__init__()
         if heads < 1 or width % heads:
             raise ValueError(
-                f"width {width} does not split into {heads} heads: choose a number that divides it"
+                f"width {width} does not split into {heads} heads: "
+                "choose a number that divides it"
             )
         context_width = context_width or width
         self.heads = heads
@@ -43,7 +45,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         if causal and context is not None:
             raise ValueError(
-                "causal is for self-attention, whose tokens have an order: leave out context or causal"
+                "causal is for self-attention, whose tokens have an order: "
+                "leave out context or causal"
             )
         context = x if context is None else context
         q, k, v = map(

@@ -1,4 +1,4 @@
-"""our networks and diffusers' -> their times, side by side, on the same weights. Chapter 19 explains the table."""
+"""our networks and diffusers' -> their times, side by side. Chapter 19 explains."""
 
 import argparse
 import importlib.metadata
@@ -13,19 +13,23 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from sdlearn.arguments import DTYPES, add_device, thread_count
+from sdlearn.checkpoint.load import Parts, empty, save
 from sdlearn.clip import CLIPTextConfig, CLIPTextEncoder
+from sdlearn.disk import check_writable, write_files
 from sdlearn.pipeline import StableDiffusion, pick_device
 from sdlearn.schedule import Schedule
 from sdlearn.speed import compile_unet, speed_up
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
-from sdlearn.weights import Parts, empty, save
 
+Network = TypeVar("Network", bound=nn.Module)
 PARTS = ("unet", "vae", "text", "load", "tiles", "tiny")
 FULL = (CLIPTextConfig(), VAEConfig(), UNetConfig())
 SMALL = (  # the same layers, for a quick look
@@ -33,7 +37,6 @@ SMALL = (  # the same layers, for a quick look
     VAEConfig((32, 32, 64, 64), blocks=1),
     UNetConfig((32, 64, 64, 64), blocks=1, context_width=64),
 )
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROMPT = "a red apple on a blue background"
 OURS = """
 from sdlearn.pipeline import StableDiffusion
@@ -44,32 +47,42 @@ next(sd.steps({prompt!r}, steps=2, sampler="ddim", seed=0, width={size}, height=
 """
 THEIRS = """
 from diffusers import StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_single_file({path!r}, config={config!r}, dtype=torch.{dtype},
-                                                local_files_only=True, safety_checker=None).to({device!r})
+pipe = StableDiffusionPipeline.from_single_file(
+    {path!r}, config={config!r}, dtype=torch.{dtype},
+    local_files_only=True, safety_checker=None,
+).to({device!r})
 pipe.set_progress_bar_config(disable=True)
-pipe({prompt!r}, num_inference_steps=1, output_type="latent", width={size}, height={size})
+pipe(
+    {prompt!r}, num_inference_steps=1, output_type="latent",
+    width={size}, height={size},
+)
 """
 OUR_TILES = """
 from sdlearn.speed import TiledVAE
-from sdlearn.weights import load_vae
-vae = TiledVAE(load_vae({path!r}, torch.{dtype}, device={device!r}, layout=torch.channels_last))
+from sdlearn.checkpoint.load import load_vae
+vae = load_vae({path!r}, torch.{dtype}, device={device!r}, layout=torch.channels_last)
+latents = torch.zeros(1, 4, {side}, {side}, dtype=torch.{dtype}, device={device!r})
 with torch.inference_mode():
-    vae.decode(torch.zeros(1, 4, {side}, {side}, dtype=torch.{dtype}, device={device!r}))
+    TiledVAE(vae).decode(latents)
 """
 THEIR_TILES = """
 from diffusers import AutoencoderKL
 vae = AutoencoderKL.from_pretrained({path!r}, subfolder="vae", dtype=torch.{dtype})
 vae = vae.to({device!r}, memory_format=torch.channels_last)
 vae.enable_tiling()
+latents = torch.zeros(1, 4, {side}, {side}, dtype=torch.{dtype}, device={device!r})
 with torch.inference_mode():
-    vae.decode(torch.zeros(1, 4, {side}, {side}, dtype=torch.{dtype}, device={device!r}))
+    vae.decode(latents)
 """
 TINY = """
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained({path!r}, dtype=torch.float32, safety_checker=None)
+pipe = StableDiffusionPipeline.from_pretrained(
+    {path!r}, dtype=torch.float32, safety_checker=None
+)
 pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
 pipe.set_progress_bar_config(disable=True)
-pipe({prompt!r}, num_inference_steps=50, width=128, height=128).images[0].save({output!r})
+done = pipe({prompt!r}, num_inference_steps=50, width=128, height=128)
+done.images[0].save({output!r})
 """
 MEASURED = """
 import resource, time
@@ -79,9 +92,10 @@ import torch
 torch.set_num_threads({threads})
 {script}
 seconds, status = time.perf_counter() - started, Path("/proc/self/status")
-most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux this remembers the process that started us
-if status.exists():
-    most = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if status.exists():  # Linux: there, ru_maxrss remembers the process that started us
+    told = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    most = int(told["VmHWM"].split()[0])
 print(seconds, most / 2**20)
 """
 
@@ -102,7 +116,10 @@ class Row:
 def alternate(
     ours: Callable[[], object], theirs: Callable[[], object], repeats: int
 ) -> tuple[list, list]:
-    """What both give, in turns, so that whatever else the machine does meets both; one round before does not count."""
+    """What both give, in turns: whatever else the machine does meets both.
+
+    One round before does not count.
+    """
     found = [(ours(), theirs()) for _ in range(repeats + 1)][1:]
     return [a for a, _ in found], [b for _, b in found]
 
@@ -136,11 +153,9 @@ def compare(
     return Row(name, statistics.median(mine), statistics.median(other))
 
 
-def random_model(
-    make: type[nn.Module], config: object, dtype: torch.dtype
-) -> nn.Module:
-    """A network of random weights that keep activations near one; made in its final precision, cheaply."""
-    model = empty(make, config).to_empty(device="cpu").to(dtype)
+def random_model(make: type[Network], config: object, dtype: torch.dtype) -> Network:
+    """A network of random weights that keep activations near one."""
+    model = cast(Network, empty(make, config).to_empty(device="cpu").to(dtype))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim > 1:
@@ -151,11 +166,13 @@ def random_model(
 
 
 def write_models(folder: Path, sizes: tuple, dtype: torch.dtype, size: int) -> Path:
-    """The same random weights as a diffusers folder, and as a 32-bit single file, as published; returns the file."""
-    text, vae, unet = (
-        random_model(m, c, dtype)
-        for m, c in zip((CLIPTextEncoder, VAE, UNet), sizes, strict=True)
-    )
+    """The same random weights as a diffusers folder, and as a 32-bit single file.
+
+    Returns the path of the file.
+    """
+    text = random_model(CLIPTextEncoder, sizes[0], dtype)
+    vae = random_model(VAE, sizes[1], dtype)
+    unet = random_model(UNet, sizes[2], dtype)
     networks = {"tokenizer": Tokenizer.clip(), "text_encoder": text}
     parts = Parts(networks | {"vae": vae, "unet": unet}, Schedule(), size=(size, size))
     save(folder, parts, dtype)
@@ -237,7 +254,7 @@ def networks(
 
 
 def in_a_process(script: str, threads: int) -> tuple[float, float]:
-    """Seconds, and the most memory in GiB, of a fresh Python that runs the script, imports included."""
+    """Seconds, and the most memory in GiB, of a fresh Python that runs the script."""
     code = MEASURED.format(script=script, threads=threads)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
@@ -296,7 +313,7 @@ def loading(
 def tiles(
     folder: Path, device: torch.device, dtype: torch.dtype, size: int, threads: int
 ) -> list[Row]:
-    """A picture with four times the side, decoded in tiles; once, since it takes long."""
+    """A picture with four times the side, decoded in tiles; once, as it takes long."""
     words = {
         "path": str(folder),
         "device": str(device),
@@ -308,7 +325,7 @@ def tiles(
 
 
 def tiny_process(model: Path, repeats: int, threads: int) -> Row:
-    """One picture of 50 steps by the tiny model, from the shell's prompt to the file."""
+    """One picture of 50 steps by the tiny model, from the command to the file."""
     with tempfile.TemporaryDirectory() as folder:
         mine, other = Path(folder) / "ours.png", Path(folder) / "theirs.png"
         command = [
@@ -351,15 +368,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=int, default=512, metavar="PX", help="side of the picture (512)"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(bf16)")
-    parser.add_argument(
-        "--device",
-        metavar="NAME",
-        help="cuda, mps or cpu (default: the first that is there)",
-    )
+    add_device(parser, default="bf16")
     parser.add_argument(
         "--threads",
-        type=int,
+        type=thread_count,
         default=torch.get_num_threads(),
         metavar="N",
         help="of a CPU",
@@ -391,21 +403,26 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             f"part {min(unknown)!r} is unknown: choose from {', '.join(PARTS)}"
         )
-    if args.repeats < 1 or args.threads < 1:
-        raise ValueError(
-            f"--repeats {args.repeats} and --threads {args.threads}: give at least 1 of each"
-        )
+    if args.repeats < 1:
+        raise ValueError(f"--repeats {args.repeats}: give at least 1")
     if args.size < 64 or args.size % 64:
         raise ValueError(f"--size {args.size}: give a multiple of 64 pixels")
-    parts, device, dtype = (
-        args.parts or list(PARTS),
-        pick_device(args.device),
-        DTYPES[args.dtype],
-    )
+    parts, device = args.parts or list(PARTS), pick_device(args.device)
+    dtype = getattr(torch, DTYPES[args.dtype])
+    if args.small and "load" in parts:
+        raise ValueError(
+            "a single file has Stable Diffusion's sizes: leave out --small, or load"
+        )
+    if "tiny" in parts and not args.model.exists():
+        raise ValueError(
+            f"there is no model at {args.model}: give one with --model, "
+            "or name the parts without tiny"
+        )
+    if args.json:
+        check_writable(args.json)
     torch.set_num_threads(args.threads)
-    os.environ.setdefault(
-        "TRANSFORMERS_VERBOSITY", "error"
-    )  # what libraries tell would stand in the table's way
+    # what libraries tell would stand in the table's way
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     about = {
         name: importlib.metadata.version(name)
         for name in ("torch", "diffusers", "transformers")
@@ -434,10 +451,6 @@ def main(args: argparse.Namespace) -> None:
                     args.compile,
                 )
             if "load" in parts:
-                if args.small:
-                    raise ValueError(
-                        "a single file has Stable Diffusion's sizes: leave out --small, or load"
-                    )
                 rows += loading(
                     file, device, dtype, args.size, args.repeats, args.threads
                 )
@@ -447,9 +460,6 @@ def main(args: argparse.Namespace) -> None:
         rows.append(tiny_process(args.model, args.repeats, args.threads))
     print(table_of(rows, about))
     if args.json:
-        args.json.write_text(
-            json.dumps(
-                {"about": about, "rows": [asdict(row) for row in rows]}, indent=1
-            )
-            + "\n"
-        )
+        figures = {"about": about, "rows": [asdict(row) for row in rows]}
+        text = json.dumps(figures, indent=1) + "\n"
+        write_files({args.json: lambda part: part.write_text(text, "utf-8")})

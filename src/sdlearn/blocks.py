@@ -1,4 +1,4 @@
-"""Feature map -> feature map: the convolutional blocks that VAE and U-Net share. Chapter 05.
+"""Feature map -> feature map: the blocks that VAE and U-Net share. Chapter 05.
 Exported from book/05_vae.ipynb by `make export`; edit it there.
 """
 
@@ -13,7 +13,8 @@ __all__ = ["ResBlock", "AttentionBlock", "Downsample", "Upsample"]
 class ResBlock(nn.Module):
     """Two convolutions and a way around them: (B, C, H, W) -> (B, out_channels, H, W).
 
-    With time_width, a time embedding (B, time_width) is added between them. He et al. 2016; Ho et al. 2020, appendix B.
+    With time_width, a time embedding (B, time_width) is added between them. He et al.
+    2016; Ho et al. 2020, appendix B.
     """
 
     def __init__(
@@ -60,8 +61,9 @@ class AttentionBlock(nn.Module):
 class Downsample(nn.Module):
     """Half the height and width, by a convolution of stride 2.
 
-    The VAE pads only right and below (asymmetric=True), the U-Net on all sides. CompVis/stable-diffusion
-    `ldm/modules/diffusionmodules/model.py` and `openaimodel.py`.
+    The VAE pads only right and below (asymmetric=True), the U-Net on all sides.
+    CompVis/stable-diffusion `ldm/modules/diffusionmodules/model.py` and
+    `openaimodel.py`.
     """
 
     def __init__(self, channels: int, asymmetric: bool = False):
@@ -76,7 +78,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width, or the `size` that is wanted: nearest neighbour, then a convolution."""
+    """Twice the size, or the `size` wanted: nearest neighbour, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()

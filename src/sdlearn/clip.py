@@ -1,4 +1,4 @@
-"""tokens -> context: CLIP's text encoder, its image tower, and the contrastive loss. Chapter 03.
+"""tokens -> context: CLIP's two towers, and the contrastive loss. Chapter 03.
 Exported from book/03_clip.ipynb by `make export`; edit it there.
 """
 
@@ -24,18 +24,24 @@ __all__ = [
 
 
 def contrastive_loss(logits: Tensor) -> Tensor:
-    """Text i belongs to image i: cross-entropy along the rows and along the columns of logits (B, B), averaged."""
+    """Text i belongs to image i: cross-entropy of rows and columns, averaged.
+
+    logits: (B, B), texts in rows.
+    """
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x): the form of GELU that CLIP was trained with. Hendrycks & Gimpel 2016, section 2."""
+    """x * sigmoid(1.702 x): the form of GELU that CLIP was trained with.
+
+    Hendrycks & Gimpel 2016, section 2.
+    """
     return x * torch.sigmoid(1.702 * x)
 
 
 class CLIPLayer(nn.Module):
-    """A pre-LayerNorm transformer layer: attention, then two linear layers, each with a way around it."""
+    """A pre-LayerNorm layer: attention and two linear layers, ways around both."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -52,7 +58,7 @@ class CLIPLayer(nn.Module):
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
-    """The sizes of a text encoder; the defaults are CLIP ViT-L/14's, which Stable Diffusion 1.5 uses."""
+    """The sizes of a text encoder; the defaults are CLIP ViT-L/14's, as in SD 1.5."""
 
     vocab: int = 49408
     positions: int = 77
@@ -62,7 +68,10 @@ class CLIPTextConfig:
 
 
 class CLIPTextEncoder(nn.Module):
-    """tokens (B, S) -> context (B, S, D): each token, knowing those before it. Radford et al. 2021, section 2.4."""
+    """tokens (B, S) -> context (B, S, D): each token, knowing those before it.
+
+    Radford et al. 2021, section 2.4.
+    """
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -77,7 +86,10 @@ class CLIPTextEncoder(nn.Module):
         nn.init.normal_(self.position_embedding.weight, std=0.01)
 
     def hidden_states(self, tokens: Tensor) -> list[Tensor]:
-        """The embedding and the output of each layer: layers + 1 tensors (B, S, D), before the final LayerNorm."""
+        """The embedding and each layer's output: layers + 1 tensors (B, S, D).
+
+        None of them has been through the final LayerNorm.
+        """
         length, positions = tokens.shape[-1], self.config.positions
         if length > positions:
             raise ValueError(
@@ -93,12 +105,16 @@ class CLIPTextEncoder(nn.Module):
         """The context; `skip` leaves out that many of the last layers ("clip skip")."""
         if not 0 <= skip <= self.config.layers:
             raise ValueError(
-                f"skip is {skip}: choose 0 to {self.config.layers}, the number of layers to leave out"
+                f"skip is {skip}: choose 0 to {self.config.layers}, "
+                "the number of layers to leave out"
             )
         return self.final_layer_norm(self.hidden_states(tokens)[-1 - skip])
 
     def pool(self, tokens: Tensor, context: Tensor) -> Tensor:
-        """The context (B, D) at the first end token, the last of the vocabulary, which has seen the whole text."""
+        """The context (B, D) at the first end token, which has seen the whole text.
+
+        The end token is the last of the vocabulary.
+        """
         end = (tokens == self.config.vocab - 1).int().argmax(dim=-1)
         return context[torch.arange(len(context), device=context.device), end]
 
@@ -115,7 +131,10 @@ class CLIPImageConfig:
 
 
 class CLIPImageEncoder(nn.Module):
-    """image (B, 3, size, size) -> one vector (B, D): a Vision Transformer. Dosovitskiy et al. 2021, section 3.1."""
+    """image (B, 3, size, size) -> one vector (B, D): a Vision Transformer.
+
+    Dosovitskiy et al. 2021, section 3.1.
+    """
 
     def __init__(self, config: CLIPImageConfig):
         super().__init__()
@@ -139,7 +158,8 @@ class CLIPImageEncoder(nn.Module):
         height, width = image.shape[-2:]
         if (height, width) != (self.config.size, self.config.size):
             raise ValueError(
-                f"the picture is {width}x{height}, this tower sees {self.config.size} squared: resize it"
+                f"the picture is {width}x{height}, "
+                f"this tower sees {self.config.size} squared: resize it"
             )
         patches = self.patch_embedding(image).flatten(2).transpose(1, 2)  # (B, T, D)
         first = self.class_embedding.expand(len(image), 1, -1).to(patches)
@@ -152,7 +172,10 @@ class CLIPImageEncoder(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Two towers that put matching pictures and sentences in the same direction. Radford et al. 2021, figure 3."""
+    """Two towers: matching pictures and sentences point in the same direction.
+
+    Radford et al. 2021, figure 3.
+    """
 
     def __init__(self, text: CLIPTextConfig, image: CLIPImageConfig, projection: int):
         super().__init__()

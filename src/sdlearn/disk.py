@@ -13,13 +13,22 @@ import os
 import re
 import secrets
 import stat
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
 __all__ = [
     "check_plain",
+    "check_writable",
     "explained",
+    "locked",
     "read_json",
     "read_text",
     "reserve",
@@ -94,9 +103,7 @@ def explained(path: str | Path) -> Iterator[None]:
     """Say in one sentence why `path` cannot be written, whichever library found out."""
     try:
         yield
-    except (
-        Exception
-    ) as error:  # safetensors and torch have errors of their own for this
+    except Exception as error:  # safetensors and torch have errors of their own
         code, text = getattr(error, "errno", None), str(error)
         if code in (errno.ENOSPC, errno.EDQUOT) or any(word in text for word in FULL):
             raise ValueError(
@@ -139,6 +146,45 @@ def write_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
             part.unlink(missing_ok=True)
 
 
+def check_writable(path: str | Path) -> None:
+    """Find out before the work, not after it, whether a file can be written."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, but the name of a file is wanted")
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Work alone: while one program holds the lock, a second one gets a sentence.
+
+    The system lets go when the program ends, however it ends; the empty file stays.
+    """
+    path = Path(path)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        file = os.open(path, flags, 0o666)
+    try:
+        try:
+            if sys.platform == "win32":
+                msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(
+                f"another program is at work in {path.parent}: wait for it to end, "
+                "or give another folder"
+            ) from None
+        except OSError:
+            pass  # a network disk that knows no locks
+        yield
+    finally:
+        os.close(file)
+
+
 def sweep(folder: Path) -> None:
     """Remove what killed programs left behind."""
     for part in folder.glob(".*.part"):
@@ -159,7 +205,8 @@ def reserve(folder: Path, stem: str, suffix: str, count: int = 1) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         pattern = re.compile(rf"{re.escape(stem)}-(\d+){re.escape(suffix)}")
         taken = [m[1] for path in os.listdir(folder) if (m := pattern.fullmatch(path))]
-        number, paths = max(map(int, taken), default=0) + 1, []
+        number = max(map(int, taken), default=0) + 1
+        paths: list[Path] = []
         while len(paths) < count:
             path = folder / f"{stem}-{number:04d}{suffix}"
             number += 1

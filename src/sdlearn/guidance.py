@@ -8,13 +8,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Conditioning", "guide", "rescale", "check_negative", "Guided", "spread"]
+__all__ = [
+    "Conditioning",
+    "guide",
+    "rescale",
+    "check_settings",
+    "check_negative",
+    "spread",
+    "Guided",
+]
 
 Conditioning = dict[str, Tensor]  # a network's keyword arguments, such as context=
 
 
 def guide(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: u + s (c - u); s is 1 + w of Ho & Salimans 2022, eq. 6."""
+    """Classifier-free guidance, u + s (c - u); s is 1 + w of Ho & Salimans 2022."""
     return uncond + scale * (cond - uncond)
 
 
@@ -26,20 +34,48 @@ def rescale(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
     return phi * matched + (1 - phi) * guided
 
 
-def check_negative(cond: Conditioning, uncond: Conditioning, batch: int) -> None:
+def check_settings(scale: float, phi: float, times: tuple[float, float]) -> None:
+    """Can they be meant?"""
+    if not math.isfinite(scale) or scale < 0:
+        raise ValueError(
+            f"guidance scale is {scale}; "
+            "give a finite number, 0 or more (up to 1 is off)"
+        )
+    if not 0 <= phi <= 1:
+        raise ValueError(
+            f"guidance rescale is {phi}; give a number from 0 (off) to 1 (full)"
+        )
+    if len(times) != 2 or not 0 <= times[0] < times[1]:
+        raise ValueError(
+            f"guidance times are {times}; "
+            "give two, the lower first, such as (0, 1000) for all"
+        )
+
+
+def check_negative(cond: Conditioning, uncond: Conditioning | None) -> None:
     """Do both name the same arguments, in shapes that fit?"""
-    for name in sorted(cond.keys() | uncond.keys()):
-        if name not in cond or name not in uncond:
+    if uncond is None:
+        raise ValueError(
+            "guidance needs a negative side too: encode the empty prompt for it"
+        )
+    if one_sided := sorted(cond.keys() ^ uncond.keys()):
+        raise ValueError(
+            f"{one_sided[0]} is on one side of guidance only: encode prompts and "
+            "negative prompts alike"
+        )
+    for name, x in uncond.items():
+        wanted = cond[name].shape
+        if x.shape[1:] != wanted[1:] or len(x) not in (1, *wanted[:1]):
             raise ValueError(
-                f"{name} is on one side of guidance only: encode prompts and negative "
-                "prompts alike"
+                f"negative {name} is {tuple(x.shape)} but {name} is {tuple(wanted)}; "
+                "encode both alike, one negative in all or one for each prompt"
             )
-        a, b = cond[name].shape, uncond[name].shape
-        if a[1:] != b[1:] or b[0] not in (1, batch):
-            raise ValueError(
-                f"negative {name} is {tuple(b)} but {name} is {tuple(a)}; encode both "
-                "with the same text encoder, one negative in all or one for each prompt"
-            )
+
+
+def spread(t: float | Tensor, xt: Tensor) -> Tensor:
+    """One time for each of the latents, (B,)."""
+    t = torch.as_tensor(t, device=xt.device)
+    return t.expand(len(xt)) if t.ndim == 0 else t.repeat(len(xt) // len(t))
 
 
 class Guided:
@@ -49,8 +85,8 @@ class Guided:
     cond, uncond: its keyword arguments, each (B,...); an uncond of batch 1 serves all.
     Both halves run as one batch of 2B. A scale up to 1 switches guidance off: the
     network then runs on the conditional half only and needs no uncond.
-    times: guidance works at times from the first to below the second only.
-    two_passes: one half after the other.
+    times: guidance works at times from the first to below the second only; (0, 1000)
+    is always. two_passes: one half after the other, in half the memory.
     """
 
     def __init__(
@@ -63,29 +99,12 @@ class Guided:
         times: tuple[float, float] = (0, 1000),
         two_passes: bool = False,
     ):
-        if not math.isfinite(scale) or scale < 0:
-            raise ValueError(
-                f"guidance scale is {scale}; give a finite number, 0 or more (up to 1 is off)"
-            )
-        if not 0 <= rescale <= 1:
-            raise ValueError(
-                f"guidance rescale is {rescale}; give a number from 0 (off) to 1 (full)"
-            )
-        if len(times) != 2 or not 0 <= times[0] < times[1]:
-            raise ValueError(
-                f"guidance times are {times}; "
-                "give two, the lower first, such as (0, 1000) for all"
-            )
+        check_settings(scale, rescale, times)
         self.network, self.cond, self.scale, self.phi = network, cond, scale, rescale
         self.batch, self.times = len(next(iter(cond.values()))), times
         self.passes: list[Conditioning] = []
         if scale > 1:
-            if uncond is None:
-                raise ValueError(
-                    f"guidance scale {scale} needs a negative context; "
-                    "encode the empty prompt for it"
-                )
-            check_negative(cond, uncond, self.batch)
+            check_negative(cond, uncond)
             uncond = {name: x.expand_as(cond[name]) for name, x in uncond.items()}
             both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
             self.passes = [uncond, cond] if two_passes else [both]
@@ -93,26 +112,18 @@ class Guided:
     def __call__(self, xt: Tensor, t: float | Tensor) -> Tensor:
         if len(xt) != self.batch:
             raise ValueError(
-                f"{len(xt)} latents but {self.batch} contexts; "
-                "give one context for each picture"
+                f"{len(xt)} latents but conditioning for {self.batch}; "
+                "encode one prompt for each picture"
             )
         if not self.passes or not self.works_at(t):
             return self.network(xt, spread(t, xt), **self.cond)
         x = torch.cat([xt] * (2 // len(self.passes)))  # both halves, or one at a time
-        answers = [self.network(x, spread(t, x), **some) for some in self.passes]
+        answers = [self.network(x, spread(t, x), **told) for told in self.passes]
         uncond, cond = torch.cat(answers).chunk(2)
         guided = guide(uncond, cond, self.scale)
         return rescale(guided, cond, self.phi) if self.phi else guided
 
     def works_at(self, t: float | Tensor) -> bool:
-        """Is t among the times of guidance? A tensor is asked only where it matters, since
-        that makes a GPU wait."""
-        if self.times == (0, 1000):
-            return True
-        return self.times[0] <= float(torch.as_tensor(t).max()) < self.times[1]
-
-
-def spread(t: float | Tensor, xt: Tensor) -> Tensor:
-    """One time for each of the latents, (B,)."""
-    t = torch.as_tensor(t, device=xt.device)
-    return t.expand(len(xt)) if t.ndim == 0 else t.repeat(len(xt) // len(t))
+        """Is t among the times of guidance?"""
+        first, end = self.times
+        return self.times == (0, 1000) or first <= torch.as_tensor(t).max() < end

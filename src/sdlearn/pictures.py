@@ -2,8 +2,10 @@
 Exported from book/12_pipeline.ipynb by `make export`; edit it there.
 """
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,9 @@ __all__ = [
     "LARGEST_INPUT",
     "LARGEST_FILE",
     "check_input_size",
-    "open_image",
     "upright",
+    "damage_told",
+    "open_image",
     "eight_bits",
     "to_tensor",
     "to_image",
@@ -32,44 +35,18 @@ __all__ = [
 ]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")
-
-
 LARGEST_INPUT = 16384  # pixels a side of a picture that we are given
-
-
 LARGEST_FILE = 2**30  # bytes
 
 
 def check_input_size(image: Image.Image) -> None:
-    """Refuse what would fill the memory, before it is unpacked."""
+    """Refuse what is too large before it is unpacked."""
     if max(image.size) > LARGEST_INPUT or min(image.size) < 1:
         size = "x".join(map(str, image.size))
         raise ValueError(
             f"the picture is {size} pixels; 1 to {LARGEST_INPUT} a side are read: "
             "make it smaller"
         )
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """A picture file, read to its end, upright; every way to fail is one sentence.
-
-    Only formats that are plain data: others would start a program (EPS).
-    """
-    if not Path(path).exists():
-        raise ValueError(f"there is no picture at {path}")
-    check_plain(path, LARGEST_FILE)
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            check_input_size(image)
-            image.load()
-            return upright(image)
-    except Exception as error:  # foreign bytes fail in many ways
-        if isinstance(error, MemoryError):
-            raise
-        why = str(error) if "cannot identify" not in str(error) else "another format"
-        raise ValueError(
-            f"{path} cannot be read as a picture ({why}): give a PNG or a JPEG, say"
-        ) from None
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -80,8 +57,39 @@ def upright(image: Image.Image) -> Image.Image:
         return image
 
 
+@contextlib.contextmanager
+def damage_told(path: str | Path) -> Iterator[None]:
+    """Foreign bytes fail in many ways; each is one sentence."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        why = str(error) if "cannot identify" not in str(error) else "another format"
+        raise ValueError(
+            f"{path} cannot be read as a picture ({why}): give a PNG or a JPEG, say"
+        ) from None
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """A picture file, read to its end, upright; every way to fail is one sentence.
+
+    Only formats that are plain data: Pillow starts a program for some others (EPS).
+    """
+    if not Path(path).exists():
+        raise ValueError(f"there is no picture at {path}")
+    check_plain(path, LARGEST_FILE)
+    with damage_told(path):
+        image = Image.open(path, formats=FORMATS)
+    with image:
+        check_input_size(image)
+        with damage_told(path):
+            image.load()
+            return upright(image)
+
+
 def eight_bits(image: Image.Image) -> Image.Image:
-    """Grey in more than 8 bits -> L or LA; how bright is white follows from the mode."""
+    """Grey in more than 8 bits -> L or LA; what is white follows from the mode."""
     if image.mode == "F":
         grey = np.asarray(image)
         if not np.isfinite(grey).all() or grey.min() < 0 or grey.max() > 1:
@@ -92,13 +100,12 @@ def eight_bits(image: Image.Image) -> Image.Image:
         return Image.fromarray((255 * grey).round().astype(np.uint8))
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
-    grey = np.asarray(image).astype(np.int64)
-    light = Image.fromarray((grey.clip(0, 65535) / 257).round().astype(np.uint8))
-    hidden = image.info.get("transparency")
+    grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+    light = Image.fromarray((grey / 257).round().astype(np.uint8))
+    hidden = image.info.get("transparency")  # one shade of grey is clear
     if isinstance(hidden, int):
-        light.putalpha(
-            Image.fromarray(np.where(grey == hidden, 0, 255).astype(np.uint8))
-        )
+        seen = np.where(grey == hidden, 0, 255).astype(np.uint8)
+        light.putalpha(Image.fromarray(seen))
     return light
 
 
@@ -135,10 +142,9 @@ def describe(
     pairs = []
     for name, value in (settings or {}).items():
         text = str(value)
-        special = set(text) & set(',:"\n')
-        pairs.append(
-            f"{name}: {json.dumps(text, ensure_ascii=False) if special else text}"
-        )
+        if set(text) & set(',:"\n'):
+            text = json.dumps(text, ensure_ascii=False)
+        pairs.append(f"{name}: {text}")
     negative = [f"Negative prompt: {negative_prompt}"] if negative_prompt else []
     return "\n".join([prompt, *negative, ", ".join(pairs)])
 
@@ -163,21 +169,17 @@ def read_parameters(path: str | Path) -> dict[str, str]:
     text = open_image(path).info.get("parameters", "")
     if not isinstance(text, str) or not text:
         return {}
-    lines = text.split("\n")
-    pairs = PAIR.findall(lines[-1])
-    if len(pairs) < 3:
-        pairs = []
-    else:
-        lines.pop()
-    prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")
+    lines, pairs = text.split("\n"), PAIR.findall(text.split("\n")[-1])
+    pairs = pairs if len(pairs) >= 3 else []
+    words = "\n".join(["", *(lines[:-1] if pairs else lines)])
+    prompt, _, negative = words.partition("\nNegative prompt: ")
     said = {name.strip(): unquoted(value) for name, value in pairs}
-    return said | {"prompt": prompt, "negative_prompt": negative}
+    return said | {"prompt": prompt[1:], "negative_prompt": negative}
 
 
 def unquoted(value: str) -> str:
     """A quoted value as JSON means it, or as it stands."""
     try:
-        text = json.loads(value) if value.startswith('"') else value
+        return str(json.loads(value)) if value.startswith('"') else value
     except ValueError:
-        text = value.strip('"')
-    return text if isinstance(text, str) else value
+        return value.strip('"')

@@ -12,27 +12,29 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sdlearn.checkpoint.load import Parts, load, save
 from sdlearn.guidance import Conditioning, Guided
 from sdlearn.pictures import to_image, to_tensor
 from sdlearn.prediction import EPSILON, Prediction
 from sdlearn.request import LARGEST, Request, Settings
 from sdlearn.samplers import SAMPLERS, Denoiser, draw_noise, keep, sample
 from sdlearn.schedule import Level, Schedule, add_noise
-from sdlearn.weights import Parts, load, save
 
 __all__ = [
     "pick_device",
     "default_dtype",
     "check_fit",
     "PromptCut",
+    "warn_of_cuts",
+    "latent_shape",
     "Drawing",
-    "StableDiffusion",
     "last",
+    "StableDiffusion",
 ]
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, if it is there; without a wish the fastest: cuda, mps, cpu."""
+    """The device asked for, if it is there; without a wish the fastest that is."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     there = {"cuda": cuda, "mps": mps, "cpu": True}
     choice = [name for name, available in there.items() if available]
@@ -59,7 +61,7 @@ def check_fit(parts: dict[str, Any]) -> None:
     if unet.in_channels != channels or unet.out_channels != channels:
         raise ValueError(
             f"the U-Net takes {unet.in_channels} channels and answers "
-            f"{unet.out_channels}, but the VAE makes {channels}: take both from one model"
+            f"{unet.out_channels}, but the VAE makes {channels}: take both of one model"
         )
     if unet.context_width != text.width or words > text.vocab:
         raise ValueError(
@@ -73,15 +75,47 @@ class PromptCut(UserWarning):
     """A prompt is longer than the text encoder can read."""
 
 
+def warn_of_cuts(tokenizer: Any, prompts: Sequence[str]) -> None:
+    """Say which words will not be heard."""
+    for prompt in prompts:
+        if cut := tokenizer.dropped(prompt):
+            room = tokenizer.positions - 2  # beside <start> and <end>
+            text = f"a prompt is cut after {room} tokens; its end is lost: {cut}"
+            warnings.warn(text, PromptCut, stacklevel=3)
+
+
+def latent_shape(
+    request: Request, size: tuple[int, int], channels: int, factor: int
+) -> tuple[int, ...]:
+    """(B, C, h, w), from pixels, or from the latents that the request brings along."""
+    given, shape = request.latents, [request.count, channels]
+    for i, name in enumerate(("height", "width")):
+        side = getattr(request, name)
+        if side is None:
+            side = size[i] if given is None else given.shape[2 + i] * factor
+        if side % factor:
+            raise ValueError(
+                f"{name} is {side}; give a multiple of {factor}, "
+                f"from {factor} to {LARGEST} pixels"
+            )
+        shape.append(side // factor)
+    if given is not None and list(given.shape) != shape:
+        raise ValueError(
+            f"latents are {tuple(given.shape)}, but {tuple(shape)} is wanted: "
+            "one for each picture, in its size"
+        )
+    return tuple(shape)
+
+
 class Drawing(NamedTuple):
-    """The pictures after one step: latents as they are now, x0 as the U-Net guesses that
-    they will end."""
+    """The pictures after one step: latents as they are now, and x0, what the network
+    guessed before the step that they will become. total: the number of steps."""
 
     index: int
-    total: int
     t: float
     latents: Tensor
     x0: Tensor
+    total: int
     decode: Callable[[Tensor], list[Image.Image]]
 
     def preview(self) -> list[Image.Image]:
@@ -91,6 +125,11 @@ class Drawing(NamedTuple):
     def images(self) -> list[Image.Image]:
         """The latents as pictures: noisy until the last step."""
         return self.decode(self.latents)
+
+
+def last(drawings: Iterator[Drawing]) -> list[Image.Image]:
+    """The finished pictures."""
+    return deque(drawings, maxlen=1).pop().images()
 
 
 class StableDiffusion:
@@ -122,32 +161,6 @@ class StableDiffusion:
             network.to(home, self.dtype, memory_format=torch.channels_last).eval()
         self.factor = 2 ** (len(self.vae.config.channels) - 1)  # pixels a latent
 
-    @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        offload: bool = False,
-        ema: bool = False,
-        vae: str | Path | None = None,
-    ) -> Self:
-        """From a diffusers folder, an SD 1 file, or OWNER/NAME of the hub.
-
-        device None: cuda, else mps, else cpu; dtype None: float16 on cuda, else float32.
-        ema: a file's averaged U-Net; vae: another VAE (both chapter 11's).
-        """
-        device = pick_device(device)  # a wrong one is told before gigabytes are read
-        dtype, home = dtype or default_dtype(device), "cpu" if offload else device
-        loaded = load(path, dtype, home, torch.channels_last, ema, vae)
-        return cls(*loaded, device, dtype, offload)
-
-    def save(self, path: str | Path, dtype: torch.dtype | None = torch.float16) -> None:
-        """Write a folder in diffusers' layout, or one file if the path ends in
-        .safetensors or .ckpt."""
-        parts = self.parts, self.schedule, self.prediction, self.size, self.name
-        save(path, Parts(*parts), dtype)
-
     def __getattr__(self, name: str):
         """The parts by their names: `sd.unet`."""
         parts = self.__dict__.get("parts", {})
@@ -172,31 +185,19 @@ class StableDiffusion:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], clip_skip: int = 0) -> Conditioning:
         """Texts -> what the U-Net takes beside latents and time, each (B,...)."""
-        tokenizer = self.parts["tokenizer"]
-        room = tokenizer.positions - 2
-        for prompt in prompts:
-            if cut := tokenizer.dropped(prompt):
-                warnings.warn(
-                    f"a prompt is cut after {room} tokens; its end is lost: {cut}",
-                    PromptCut,
-                    stacklevel=2,
-                )
-        tokens = tokenizer(prompts).to(self.device)
+        warn_of_cuts(self.parts["tokenizer"], prompts)
+        tokens = self.parts["tokenizer"](prompts).to(self.device)
         return {"context": self.use("text_encoder")(tokens, clip_skip)}
 
     @torch.no_grad()
-    def encode_image(
-        self, image: Tensor, generators: Sequence[torch.Generator]
-    ) -> Tensor:
-        """image (1,3,H,W) in [-1,1] -> latents, float32, a sample for each generator."""
+    def encode_image(self, image: Tensor, dice: Sequence[torch.Generator]) -> Tensor:
+        """image (1,3,H,W) in [-1,1] -> latents, float32, one for each generator."""
         latents = self.use("vae").encode(image.to(self.device, self.dtype))
-        return torch.cat(
-            [latents.sample(generator).float() for generator in generators]
-        )
+        return torch.cat([latents.sample(generator).float() for generator in dice])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """latents (B,4,h,w) -> pictures, one after the other: this takes most memory."""
+        """latents (B,4,h,w) -> pictures, one by one: this takes most memory."""
         vae = self.use("vae")
         latents = latents.to(self.device, self.dtype)
         return [to_image(vae.decode(x[None])[0]) for x in latents]
@@ -204,7 +205,7 @@ class StableDiffusion:
     def network(self, request: Request) -> Callable[..., Tensor]:
         """(latents (B,4,h,w), t (B,), **conditioning) -> the U-Net's answer, float32.
 
-        The place where a later chapter wraps the U-Net.
+        The place to wrap the U-Net.
         """
 
         @torch.no_grad()
@@ -213,48 +214,25 @@ class StableDiffusion:
 
         return answer
 
-    def draw(self, request: Request) -> Iterator[Drawing]:
-        """Draw what the request says; everything is checked before the first step, and
-        a `Drawing` comes after each."""
-        shape = self.latent_shape(request)
-        clean = SAMPLERS[request.sampler].clean
-        levels = self.schedule.levels(request.steps, request.spacing, clean)
-        if request.image is not None:
-            levels = keep(levels, request.strength)
-        dice = [torch.Generator().manual_seed(seed) for seed in request.seed]
-        denoise = Denoiser(self.guided(request), self.schedule, self.prediction)
-        start = self.start(request, shape, levels[0], dice)
-        walk = sample(denoise, start, levels, request.sampler, dice, request.eta)
-        total = len(levels) - 1
-        return (
-            Drawing(s.index, total, s.t, s.latents, s.x0, self.decode) for s in walk
-        )
-
     def guided(self, request: Request) -> Guided:
-        """The network with the request's prompts."""
-        cond = self.encode(request.prompt, request.clip_skip)
-        cond = {name: x.repeat_interleave(request.n, 0) for name, x in cond.items()}
-        uncond = None
-        if request.cfg_scale > 1:
-            uncond = self.encode(request.negative_prompt, request.clip_skip)
-            repeats = request.count // len(request.negative_prompt)
-            uncond = {k: x.repeat_interleave(repeats, 0) for k, x in uncond.items()}
-        return Guided(
-            self.network(request),
-            cond,
-            uncond,
-            request.cfg_scale,
-            request.rescale,
-            request.guided_times,
-            request.two_passes,
-        )
+        """The network, with the request's prompts."""
+
+        def encode(prompts: Sequence[str]) -> Conditioning:
+            found, each = self.encode(prompts, request.clip_skip), request.count
+            each //= len(prompts)
+            return {name: x.repeat_interleave(each, 0) for name, x in found.items()}
+
+        scale, network = request.cfg_scale, self.network(request)
+        uncond = encode(request.negative_prompt) if scale > 1 else None
+        how = request.rescale, request.guided_times, request.two_passes
+        return Guided(network, encode(request.prompt), uncond, scale, *how)
 
     def start(
         self,
         request: Request,
         shape: tuple[int, ...],
         level: Level,
-        dice: list[torch.Generator],
+        dice: Sequence[torch.Generator],
     ) -> Tensor:
         """The latents to begin with, float32: noise, or a picture under noise."""
         if request.latents is not None:
@@ -265,35 +243,22 @@ class StableDiffusion:
         x0 = self.encode_image(to_tensor(request.image, width, height), dice)
         return add_noise(x0, draw_noise(shape, dice, self.device), level)
 
-    def latent_shape(self, request: Request) -> tuple[int, int, int, int]:
-        """(B, 4, h, w) from a height and width in pixels, or from latents."""
-        factor, channels = self.factor, self.parts["vae"].config.latent_channels
-        sides = {"height": request.height, "width": request.width}
-        if request.latents is not None:
-            given = tuple(request.latents.shape)
-            asked = (
-                request.count,
-                channels,
-                *(s and s // factor for s in sides.values()),
-            )
-            if any(b is not None and a != b for a, b in zip(given, asked, strict=True)):
-                shape = ", ".join("any" if s is None else str(s) for s in asked)
-                raise ValueError(
-                    f"latents are {given}, but ({shape}) is wanted: "
-                    "one for each picture, in its size"
-                )
-            return given
-        for (name, side), usual in zip(sides.items(), self.size, strict=True):
-            sides[name] = side = usual if side is None else side
-            if side % factor:
-                raise ValueError(
-                    f"{name} is {side}; give a multiple of {factor}, "
-                    f"from {factor} to {LARGEST} pixels"
-                )
-        height, width = sides.values()
-        return request.count, channels, height // factor, width // factor
+    def draw(self, request: Request) -> Iterator[Drawing]:
+        """A `Drawing` after each step; all is checked before the first."""
+        channels, sampler = self.vae.config.latent_channels, SAMPLERS[request.sampler]
+        shape = latent_shape(request, self.size, channels, self.factor)
+        levels = self.schedule.levels(request.steps, request.spacing, sampler.clean)
+        if request.image is not None:
+            levels = keep(levels, request.strength)
+        dice = [torch.Generator().manual_seed(seed) for seed in request.seed]
+        denoise = Denoiser(self.guided(request), self.schedule, self.prediction)
+        start = self.start(request, shape, levels[0], dice)
+        walk = sample(denoise, start, levels, sampler, dice, request.eta)
+        return (Drawing(*step, len(levels) - 1, self.decode) for step in walk)
 
-    def steps(self, prompt: str | Sequence[str], **settings: Unpack[Settings]):
+    def steps(
+        self, prompt: str | Sequence[str], **settings: Unpack[Settings]
+    ) -> Iterator[Drawing]:
         """As txt2img, or as img2img if there is an image, but a `Drawing` a step."""
         return self.draw(Request(prompt, **settings))
 
@@ -318,7 +283,28 @@ class StableDiffusion:
             raise ValueError("image is None; give a picture, or take txt2img")
         return last(self.steps(prompt, image=image, **settings))
 
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        offload: bool = False,
+        ema: bool = False,
+        vae: str | Path | None = None,
+    ) -> Self:
+        """From a diffusers folder, an SD 1 file, or OWNER/NAME of the hub.
 
-def last(drawings: Iterator[Drawing]) -> list[Image.Image]:
-    """The finished pictures."""
-    return deque(drawings, maxlen=1).pop().images()
+        device None: cuda, else mps, else cpu; dtype None: float16 on cuda, else
+        float32. ema: a file's averaged U-Net; vae: another VAE, a file or a folder.
+        """
+        device = pick_device(device)  # a wrong one is told before gigabytes are read
+        dtype, home = dtype or default_dtype(device), "cpu" if offload else device
+        loaded = load(path, dtype, home, torch.channels_last, ema, vae)
+        return cls(*loaded, device, dtype, offload)
+
+    def save(self, path: str | Path, dtype: torch.dtype | None = torch.float16) -> None:
+        """Write a folder in diffusers' layout, or one file if the path ends in
+        .safetensors or .ckpt."""
+        parts = self.parts, self.schedule, self.prediction, self.size, self.name
+        save(path, Parts(*parts), dtype)

@@ -33,16 +33,18 @@ __all__ = [
 ]
 
 LARGE = 2**20  # weights of one head, from which slices pay
-BLOCK = (
-    2**22
-)  # weights that are alive at once: 8 MB in 16 bits, what a processor's cache can hold
+# weights that are alive at once: 8 MB in 16 bits, what a processor's cache can hold
+BLOCK = 2**22
 
 
 def sliced_attention(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK) -> Tensor:
-    """softmax(q k^T / sqrt K) v for q (B, N, T, K), k and v (B, N, S, K), at most `block` weights at a time.
+    """softmax(q k^T / sqrt K) v, at most `block` weights at a time.
 
-    Each row of weights is whole, so nothing is approximated; unlike FlashAttention (Dao et al. 2022) no running
-    softmax is needed, since a row of one picture's weights is short.
+    q: (B, N, T, K); k and v: (B, N, S, K).
+
+    Each row of weights is whole, so nothing is approximated; unlike FlashAttention (Dao
+    et al. 2022) no running softmax is needed, since a row of one picture's weights is
+    short.
     """
     shape, (places, words) = q.shape, (q.shape[2], k.shape[2])
     q, k, v = (
@@ -63,7 +65,7 @@ def sliced_attention(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK) -> Ten
 
 @cache
 def slices_win(dtype: torch.dtype, positions: int = 2048) -> bool:
-    """Whether this processor does one attention faster in slices than with PyTorch's kernel; measured only once."""
+    """Whether slices are faster here than PyTorch's kernel; measured only once."""
     q, k, v = torch.zeros(3, 1, 8, positions, 40, dtype=dtype)
     times = {sliced_attention: [], F.scaled_dot_product_attention: []}
     with torch.inference_mode():
@@ -116,7 +118,7 @@ class FastAttention(Attention):
 
 
 def places(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin so that neighbours share at least `overlap`, and the last one ends at `length`."""
+    """Where tiles begin that share `overlap`, the last of them ending at `length`."""
     if length <= tile:
         return [0]
     count = -(-(length - overlap) // (tile - overlap))
@@ -124,7 +126,10 @@ def places(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def ramp(tile: int, begins: bool, ends: bool, overlap: int) -> Tensor:
-    """How much each position of a tile counts: less and less towards an edge behind which another tile goes on."""
+    """How much each position of a tile counts.
+
+    Less and less towards an edge behind which another tile goes on.
+    """
     rise = (torch.arange(tile) + 0.5).div(overlap).clamp(max=1)
     ones = torch.ones(tile)
     return torch.minimum(ones if begins else rise, ones if ends else rise.flip(0))
@@ -137,7 +142,9 @@ def tiled(
     overlap: int,
     scale: int,
 ) -> Tensor:
-    """What `work(rows, columns)` answers for overlapping windows of a map of `size` (h, w), blended into one answer.
+    """What `work(rows, columns)` answers for overlapping windows, blended.
+
+    size: of the map, (h, w).
 
     The answer to a window is `scale` times as large as the window.
     """
@@ -147,10 +154,8 @@ def tiled(
             part = work(slice(top, top + tile), slice(left, left + tile))
             if y is None:
                 whole = scale * size[0], scale * size[1]
-                y, total = (
-                    part.new_zeros(*part.shape[:2], *whole),
-                    part.new_zeros(whole),
-                )
+                y = part.new_zeros(*part.shape[:2], *whole)
+                total = part.new_zeros(whole)
             (i, j), (h, w) = (scale * top, scale * left), part.shape[-2:]
             down = ramp(h, i == 0, i + h == whole[0], scale * overlap)
             across = ramp(w, j == 0, j + w == whole[1], scale * overlap)

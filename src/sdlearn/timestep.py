@@ -12,27 +12,30 @@ __all__ = ["timestep_embedding", "TimeEmbedding"]
 
 
 def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Timesteps t (B,) -> [cos(t f), sin(t f)] (B, width), float32; frequencies f_i = max_period^(-i / (width / 2)).
+    """Timesteps t (B,) -> [cos(t f), sin(t f)] (B, width), float32.
+
+    The frequencies are f_i = max_period^(-i / (width / 2)).
 
     Vaswani et al. 2017, section 3.5; but cosines first, as in CompVis/stable-diffusion
     `ldm/modules/diffusionmodules/util.py`.
     """
     if width % 2:
         raise ValueError(
-            f"width {width} is odd: half of it are cosines, half sines, so choose an even width"
+            f"width {width} is odd: half of it are cosines, half sines, "
+            "so choose an even width"
         )
     half = width // 2
-    frequencies = torch.exp(
-        -math.log(max_period)
-        * torch.arange(half, dtype=torch.float32, device=t.device)
-        / half
-    )
+    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(max_period) * i / half)
     angles = t.float()[:, None] * frequencies  # (B, width / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class TimeEmbedding(nn.Module):
-    """Two linear layers on the sinusoids: (B,) -> (B, time_width); width 320 -> 1280 in SD 1.5."""
+    """Two linear layers on the sinusoids: (B,) -> (B, time_width).
+
+    In SD 1.5 the widths are 320 and 1280.
+    """
 
     def __init__(self, width: int, time_width: int):
         super().__init__()

@@ -5,10 +5,10 @@ Exported from book/01_tokenizer.ipynb by `make export`; edit it there.
 import gzip
 import heapq
 import json
-import os
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +16,8 @@ from pathlib import Path
 import regex
 import torch
 from torch import Tensor
+
+from sdlearn.disk import read_json, read_text, write_files
 
 __all__ = [
     "BOS",
@@ -34,17 +36,22 @@ __all__ = [
     "vocabulary",
     "BytePairs",
     "Tokenizer",
-    "write_files",
+    "tokenizer_files",
+    "write_text",
     "parse_merges",
-    "read_file",
-    "read_files",
+    "read_tokenizer",
+    "find_added",
+    "read_settings",
 ]
 
 BOS, EOS, END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 
 def byte_symbols() -> dict[int, str]:
-    """Byte -> one visible character, in the order of CLIP's vocabulary (GPT-2's encoder.py, bytes_to_unicode)."""
+    """Byte -> one visible character, in the order of CLIP's vocabulary.
+
+    As in GPT-2's encoder.py, bytes_to_unicode.
+    """
     visible = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -61,24 +68,29 @@ BYTE_OF_SYMBOL = {symbol: byte for byte, symbol in SYMBOL_OF_BYTE.items()}
 
 
 def spell(word: str) -> list[str]:
-    """A word as the symbols of its UTF-8 bytes; the last one carries the end-of-word mark `</w>`."""
+    """A word as the symbols of its UTF-8 bytes; the last carries the mark `</w>`."""
     try:
         symbols = [SYMBOL_OF_BYTE[byte] for byte in word.encode()]
     except UnicodeEncodeError as error:
         half = f"U+{ord(word[error.start]):04X}"
         raise ValueError(
-            f"the text holds {half}, half of a character, which UTF-8 cannot write: remove it"
+            f"the text holds {half}, half of a character, "
+            "which UTF-8 cannot write: remove it"
         ) from None
     return [*symbols[:-1], symbols[-1] + END]
 
 
 WORD = regex.compile(
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+    r"<\|startoftext\|>|<\|endoftext\|>|"
+    r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 )
 
 
 def clean(text: str) -> str:
-    """NFC, runs of white space to one space, lower case (each character alone, so sigma has one small form)."""
+    """NFC, one space for each run of white space, lower case.
+
+    Each character is made small alone, so sigma has one small form.
+    """
     text = regex.sub(r"\s+", " ", unicodedata.normalize("NFC", text))
     return text.lower() if text.isascii() else "".join(map(str.lower, text))
 
@@ -87,7 +99,7 @@ def words(text: str) -> list[str]:
     """The pieces of a text; byte-pair merges stay inside a piece."""
     pieces: list[str] = []
     for piece in WORD.findall(clean(text)):
-        # Only a special token typed in capitals gets here: it is ordinary text, of three pieces.
+        # A special token typed in capitals is ordinary text, of three pieces.
         pieces += (
             regex.findall(r"\p{L}+|\P{L}+", piece) if piece in (BOS, EOS) else [piece]
         )
@@ -108,16 +120,18 @@ def join(symbols: Sequence[str], pair: tuple[str, str]) -> list[str]:
 def learn_merges(
     counts: dict[str, int], limit: int | None = None
 ) -> list[tuple[str, str]]:
-    """Byte-pair encoding (Sennrich et al. 2016, section 3.2): word -> count becomes a list of merges, best first.
+    """Byte-pair encoding: word -> count becomes a list of merges, best first.
 
-    The most frequent pair of neighbours is merged again and again; of equally frequent pairs the alphabetically
-    first. It ends after `limit` merges, or when no pair occurs twice.
+    Sennrich et al. 2016, section 3.2.
+
+    The most frequent pair of neighbours is merged again and again; of equally frequent
+    pairs the alphabetically first. It ends after `limit` merges, or when no pair occurs
+    twice.
     """
     spelled = {word: spell(word) for word in counts}
     pairs: Counter[tuple[str, str]] = Counter()
-    holders: defaultdict[tuple[str, str], set[str]] = defaultdict(
-        set
-    )  # pair -> the words that (once) held it
+    # pair -> the words that (once) held it
+    holders: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
     for word, symbols in spelled.items():
         for pair in pairwise(symbols):
             pairs[pair] += counts[word]
@@ -140,7 +154,9 @@ def learn_merges(
 
 
 def apply_merges(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
-    """The tokens of one word: of all neighbouring pairs the one learnt first is joined, until none is known."""
+    """The tokens of one word: the neighbours learnt first are joined, until none is
+    known.
+    """
     symbols = spell(word)
     before, after = list(range(-1, len(symbols) - 1)), list(range(1, len(symbols) + 1))
     heap = [
@@ -166,7 +182,7 @@ def apply_merges(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
 
 
 def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """Token -> id: 256 bytes, 256 bytes that end a word, one token for each merge, start, end."""
+    """Token -> id: 256 bytes, 256 that end a word, one for each merge, start, end."""
     symbols = [
         *SYMBOL_OF_BYTE.values(),
         *(symbol + END for symbol in SYMBOL_OF_BYTE.values()),
@@ -175,7 +191,8 @@ def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
     for number, (left, right) in enumerate(merges):
         if not {left, right} <= known:
             raise ValueError(
-                f"merge {number} joins {left!r} and {right!r}, but no merge before it makes both"
+                f"merge {number} joins {left!r} and {right!r}, "
+                "but no merge before it makes both"
             )
         known.add(left + right)
         symbols.append(left + right)
@@ -183,7 +200,10 @@ def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
 
 
 class BytePairs:
-    """Text of any length <-> ids. The `special` tokens are recognised where they are typed, and never cut."""
+    """Text of any length <-> ids.
+
+    The `special` tokens are recognised where they are typed, and never cut.
+    """
 
     def __init__(
         self, merges: Iterable[tuple[str, str]], special: Iterable[str] = (BOS, EOS)
@@ -194,7 +214,8 @@ class BytePairs:
         for token in self._special:
             if token not in self.vocab:
                 raise ValueError(
-                    f"the special token {token!r} is not in the vocabulary; CLIP has {BOS!r} and {EOS!r}"
+                    f"the special token {token!r} is not in the vocabulary; "
+                    f"CLIP has {BOS!r} and {EOS!r}"
                 )
         self._tokens = list(self.vocab)
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
@@ -210,7 +231,8 @@ class BytePairs:
         """The tokens of a text, as strings."""
         if not isinstance(text, str):
             raise ValueError(
-                f"the tokenizer was given {type(text).__name__}, but it reads text (str)"
+                f"the tokenizer was given {type(text).__name__}, "
+                "but it reads text (str)"
             )
         tokens: list[str] = []
         for n, part in enumerate(self._typed.split(text)):
@@ -230,12 +252,16 @@ class BytePairs:
         return [self.vocab[token] for token in self.split(text)]
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
-        """Ids -> text in lower case with a space after each word; special tokens are left out unless asked for."""
+        """Ids -> text in lower case, a space after each word.
+
+        Special tokens are left out unless asked for.
+        """
         symbols = ""
         for n in map(int, ids):
             if not 0 <= n < len(self):
                 raise ValueError(
-                    f"id {n} is not in the vocabulary, which has the ids 0 to {len(self) - 1}"
+                    f"id {n} is not in the vocabulary, "
+                    f"which has the ids 0 to {len(self) - 1}"
                 )
             if special or self._tokens[n] not in self._special:
                 symbols += self._tokens[n]
@@ -250,14 +276,29 @@ class BytePairs:
 class Tokenizer(BytePairs):
     """One text or several -> tokens (B, positions), as CLIP's text encoder wants them.
 
-    `pad` fills short rows: <|endoftext|> in SD 1.5, "!" in the second encoder of SDXL. Like transformers we take a
-    padding token that is typed inside a text for the special token, too. Ids of `bos`, `eos`, `pad` are attributes.
+    `pad` fills short rows: <|endoftext|> in SD 1.5, "!" in the second encoder of SDXL.
+    Like transformers we take a padding token that is typed inside a text for the
+    special token, too. Ids of `bos`, `eos`, `pad` are attributes.
+    added: words that a model learnt later, one token each; they are found in any case.
     """
 
     def __init__(
-        self, merges: Iterable[tuple[str, str]], positions: int = 77, pad: str = EOS
+        self,
+        merges: Iterable[tuple[str, str]],
+        positions: int = 77,
+        pad: str = EOS,
+        added: Iterable[str] = (),
     ):
         super().__init__(merges, (BOS, EOS, pad))
+        self.added = {token.lower(): token for token in added}
+        for token in self.added.values():
+            self.vocab[token] = len(self.vocab)
+            self._tokens.append(token)
+        if self.added:
+            longest = sorted(self.added, key=len, reverse=True)
+            words = "|".join(map(regex.escape, longest))
+            typed = self._typed.pattern[1:-1]
+            self._typed = regex.compile(f"({typed}|(?i:{words}))")
         if positions < 2:
             raise ValueError(
                 f"positions is {positions}, but start and end alone take 2; CLIP has 77"
@@ -275,20 +316,19 @@ class Tokenizer(BytePairs):
     def train(
         cls, captions: Iterable[str], merges: int | None = None, positions: int = 77
     ) -> "Tokenizer":
-        """Learn a vocabulary; with `merges=None` until every word that occurs twice is one token."""
+        """Learn a vocabulary.
+
+        With `merges=None` until every word that occurs twice is one token.
+        """
         if isinstance(captions, str):
             raise ValueError(
                 "captions is one text, but a list of texts is wanted: write [text]"
             )
-        return cls(
-            learn_merges(
-                Counter(word for text in captions for word in words(text)), merges
-            ),
-            positions,
-        )
+        counts = Counter(word for text in captions for word in words(text))
+        return cls(learn_merges(counts, merges), positions)
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """One text or several -> tokens (B, positions): start, the ids that fit, end, padding."""
+        """Texts -> tokens (B, positions): start, the ids that fit, end, padding."""
         rows = []
         for text in [texts] if isinstance(texts, str) else texts:
             row = [self.bos, *self.encode(text)[: self.positions - 2], self.eos]
@@ -299,107 +339,142 @@ class Tokenizer(BytePairs):
         """The end of a text for which there is no position; "" when all of it fits."""
         return self.decode(self.encode(text)[self.positions - 2 :], special=True)
 
+    def split(self, text: str) -> list[str]:
+        """The tokens of a text, as strings."""
+        return [self.added.get(token.lower(), token) for token in super().split(text)]
+
+    def files(self) -> dict[str, str]:
+        """Name -> text of the files that transformers' CLIPTokenizer reads."""
+        pad, added = self._tokens[self.pad], list(self.added.values())
+        return tokenizer_files(self.merges, self.vocab, added, self.positions, pad)
+
     def save(self, folder: str | Path) -> None:
-        """Write the folder that transformers' CLIPTokenizer.from_pretrained reads."""
+        """Write these files into a folder: all of them, or none."""
         write_files(
-            Path(folder),
-            self.merges,
-            self.vocab,
-            self.positions,
-            self._tokens[self.pad],
+            {
+                Path(folder) / name: partial(write_text, text)
+                for name, text in self.files().items()
+            }
         )
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Read `vocab.json` and `merges.txt`; positions and padding from the config files, if these are there."""
-        merges, vocab, positions, pad = read_files(Path(folder))
-        tokenizer = cls(merges, positions, pad)
-        if vocab != tokenizer.vocab:
+        """A folder with `tokenizer.json`, or with `vocab.json` and `merges.txt`;
+        positions and padding from the config files, if these are there."""
+        merges, vocab, added, positions, pad = read_tokenizer(Path(folder))
+        tokenizer = cls(merges, positions, pad, added)
+        base = {token: n for token, n in tokenizer.vocab.items() if token not in added}
+        if vocab != base:
             raise ValueError(
-                f"vocab.json does not follow from merges.txt in {folder}: take both from one tokenizer"
+                f"the vocabulary in {folder} does not follow from its merges: take "
+                "both "
+                "from one tokenizer"
             )
         return tokenizer
 
 
-def write_files(
-    folder: Path,
-    merges: list[tuple[str, str]],
+def tokenizer_files(
+    merges: Sequence[tuple[str, str]],
     vocab: dict[str, int],
+    added: Sequence[str],
     positions: int,
     pad: str,
-) -> None:
-    """A tokenizer folder as transformers and diffusers want it; each file appears whole or not at all."""
+) -> dict[str, str]:
+    """Name -> text: a tokenizer folder as transformers and diffusers want it."""
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": pad}
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": positions,
-        "do_lower_case": True,
-    } | special
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": positions}
+    base = {token: n for token, n in vocab.items() if token not in added}
     texts = {
         "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges), ""]),
-        "vocab.json": json.dumps(vocab, ensure_ascii=False),
+        "vocab.json": json.dumps(base, ensure_ascii=False),
         "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
-        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        part = folder / f"{name}.part"
-        try:
-            part.write_text(text, encoding="utf-8", newline="\n")
-            os.replace(part, folder / name)
-        finally:
-            part.unlink(missing_ok=True)
+    settings = config | {"do_lower_case": True} | special
+    texts["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
+    if added:
+        ids = {token: vocab[token] for token in added}
+        texts["added_tokens.json"] = json.dumps(ids, indent=2) + "\n"
+    return texts
 
 
-def parse_merges(text: str) -> list[tuple[str, str]]:
-    """The lines of a merges.txt as pairs, without the `#version` header."""
-    pairs = [
-        tuple(line.split())
-        for line in text.split("\n")
-        if line.strip() and not line.startswith("#version")
-    ]
+def write_text(text: str, path: Path) -> None:
+    """The same bytes on every system."""
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def parse_merges(found: object, path: str | Path = "merges.txt") -> list[tuple]:
+    """The text of a merges.txt, or a list of "a b" or [a, b] -> pairs."""
+    if isinstance(found, str):
+        found = [x for x in found.split("\n") if x.strip() and x[:8] != "#version"]
+    if not isinstance(found, list):
+        raise ValueError(f"{path} has no list of merges: copy the folder again")
+    split = [x.split() if isinstance(x, str) else x for x in found]
+    pairs = [tuple(x) if isinstance(x, list) else () for x in split]
     for number, pair in enumerate(pairs):
-        if len(pair) != 2:
+        if list(map(type, pair)) != [str, str]:
             raise ValueError(
-                f"merge {number} in merges.txt has {len(pair)} symbols, but 2 are wanted: copy it again"
+                f"merge {number} in {path} has {len(pair)} symbols, but 2 are wanted: "
+                "copy it again"
             )
     return pairs
 
 
-def read_file(path: Path) -> str | dict:
-    """The text of a file, or the object in a .json file; or one sentence that says why not."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else text
-    except (OSError, ValueError) as error:
-        reason = "it is missing" if isinstance(error, FileNotFoundError) else error
+def read_tokenizer(
+    folder: Path,
+) -> tuple[list[tuple], dict[str, int], list[str], int, str]:
+    """A tokenizer folder -> merges, vocabulary, added tokens, positions, padding."""
+    whole, merges = folder / "tokenizer.json", folder / "merges.txt"
+    if not whole.exists() and not merges.exists():
         raise ValueError(
-            f"cannot read {path}: {reason}; a tokenizer folder has vocab.json and merges.txt"
-        ) from None
-    if path.suffix == ".json" and not isinstance(content, dict):
-        raise ValueError(
-            f"{path} holds a {type(content).__name__}, but an object is wanted: copy the folder again"
+            f"{folder} holds no tokenizer: tokenizer.json, or vocab.json and "
+            "merges.txt, are wanted, so copy it again"
         )
-    return content
+    content = read_json(whole) if whole.exists() else {}
+    if merges.exists():
+        pairs = parse_merges(read_text(merges), merges)
+        vocab = read_json(folder / "vocab.json")
+    else:
+        model = content.get("model")
+        model = model if isinstance(model, dict) else {}
+        pairs, vocab = parse_merges(model.get("merges"), whole), model.get("vocab")
+    config = {}
+    for name in ("special_tokens_map", "tokenizer_config", "added_tokens"):
+        name += ".json"
+        there = (folder / name).exists()
+        config[name] = read_json(folder / name) if there else {}
+    added = find_added(folder, vocab, content, config)
+    settings = config["special_tokens_map.json"] | config["tokenizer_config.json"]
+    return pairs, vocab, added, *read_settings(settings)
 
 
-def read_files(folder: Path) -> tuple[list[tuple[str, str]], dict[str, int], int, str]:
-    """A tokenizer folder -> merges, vocabulary, positions, padding token."""
-    merges, vocab = (
-        parse_merges(read_file(folder / "merges.txt")),
-        read_file(folder / "vocab.json"),
-    )
-    config: dict = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        config |= read_file(folder / name) if (folder / name).exists() else {}
-    positions, pad = config.get("model_max_length"), config.get("pad_token") or EOS
-    if (
-        not isinstance(positions, int) or positions > 100_000
-    ):  # some files say 10^30 and mean "unknown"
+def find_added(folder: Path, vocab: object, content: dict, config: dict) -> list[str]:
+    """Tokens behind the vocabulary, in the order of their ids, wherever they stand."""
+    if not isinstance(vocab, dict):
+        raise ValueError(f"{folder} has no vocabulary: copy it again")
+    decoder = config["tokenizer_config.json"].get("added_tokens_decoder") or {}
+    listed = content.get("added_tokens") or []
+    try:
+        found = {entry["content"]: int(n) for n, entry in decoder.items()}
+        found |= {entry["content"]: entry["id"] for entry in listed}
+        found |= config["added_tokens.json"]
+        found = {token: n for token, n in found.items() if vocab.get(token) != n}
+        added = sorted(found, key=found.__getitem__)
+        behind = list(range(len(vocab), len(vocab) + len(added)))
+        ids = [found[token] for token in added]
+        good = ids == behind and all(map(str.strip, added))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(
+            f"{folder} adds tokens that do not follow on its vocabulary of "
+            f"{len(vocab)}: copy it again"
+        )
+    return added
+
+
+def read_settings(settings: dict) -> tuple[int, str]:
+    """Positions and padding token; some files say 10^30 and mean "unknown"."""
+    positions, pad = settings.get("model_max_length"), settings.get("pad_token") or EOS
+    if type(positions) is not int or positions > 100_000:
         positions = 77
-    return (
-        merges,
-        vocab,
-        positions,
-        str(pad.get("content", EOS) if isinstance(pad, dict) else pad),
-    )
+    return positions, str(pad.get("content", EOS) if isinstance(pad, dict) else pad)

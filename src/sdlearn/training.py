@@ -1,8 +1,7 @@
-"""examples -> weights: one loop that teaches all three networks. Chapter 09, book/09_training.ipynb.
+"""examples -> weights: one loop that teaches all three networks. Chapter 09.
 Exported from book/09_training.ipynb by `make export`; edit it there.
 """
 
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -12,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sdlearn.disk import write_files
+
 __all__ = [
     "Average",
     "Recipe",
-    "save_atomically",
     "generators",
     "Task",
     "attention_kernels",
@@ -30,7 +30,10 @@ __all__ = [
 
 
 class Average:
-    """An exponential moving average of the trained weights; Song & Ermon 2020 (arXiv:2006.09011), technique 5."""
+    """An exponential moving average of the trained weights.
+
+    Song & Ermon 2020 (arXiv:2006.09011), technique 5.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
@@ -42,9 +45,8 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        decay = min(
-            self.decay, (1 + step) / (10 + step)
-        )  # early on, forget the random start quickly
+        # early on, forget the random start quickly
+        decay = min(self.decay, (1 + step) / (10 + step))
         mine, new = zip(
             *(
                 (self.weights[n], p.detach())
@@ -57,7 +59,7 @@ class Average:
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
-        """Exchange the model's weights with the averages; call it again to change back."""
+        """Exchange the model's weights with the averages; call it again to return."""
         for name, parameter in model.named_parameters():
             if name in self.weights:
                 kept = parameter.detach().clone()
@@ -67,7 +69,11 @@ class Average:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Everything that changes the result is here, so that a resumed run equals an unbroken one."""
+    """How to train.
+
+    Everything that changes the result is here, so that a resumed run equals an unbroken
+    one.
+    """
 
     steps: int
     batch: int
@@ -75,15 +81,14 @@ class Recipe:
     warmup: int = 200  # steps in which the learning rate rises from 0
     cooldown: int = 0  # last steps, in which it falls to 0 again
     decay: float = 0.01  # AdamW's weight decay
-    ema: float = (
-        0.999  # the averaged weights forget with a time constant of 1 / (1 - ema) steps
-    )
+    # the averaged weights forget with a time constant of 1 / (1 - ema) steps
+    ema: float = 0.999
     clip: float = 1.0  # largest norm of the gradient
     precision: str = "no"  # "no" (float32), "bf16" or "fp16"
     seed: int = 0
-    begun: int = 0  # the step at which AdamW began without memories: the warm-up counts from here
+    begun: int = 0  # AdamW began here without memories: the warm-up counts from it
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -105,26 +110,19 @@ class Recipe:
         return self.lr * up * down
 
 
-def save_atomically(write: Callable[[Path], None], path: Path) -> None:
-    """Write beside the target, flush, rename: at every moment the old file or the new one is there, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def generators(recipe: Recipe, step: int) -> list[random.Random]:
-    """One random generator for each example of a step: what a step sees follows from its number, and nothing else."""
+    """One random generator for each example of a step.
+
+    What a step sees follows from its number, and nothing else.
+    """
     return [random.Random(f"{recipe.seed} {step} {i}") for i in range(recipe.batch)]
 
 
 class Task(nn.Module):
-    """What one network learns: weights, examples, loss. Everything random comes from the generators of the examples."""
+    """What one network learns: weights, examples, loss.
+
+    Everything random comes from the generators of the examples.
+    """
 
     def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
         """A batch of fresh examples, each drawn with a generator of its own."""
@@ -140,7 +138,10 @@ class Task(nn.Module):
 
 
 def attention_kernels(device: torch.device) -> list:
-    """Which forms of attention to train with: on a CPU the plain one has the faster backward pass."""
+    """Which form of attention to train with.
+
+    On a CPU the plain one has the faster backward pass.
+    """
     from torch.nn.attention import SDPBackend
 
     if device.type == "cpu":
@@ -156,7 +157,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     average: Average,
 ) -> None:
-    """All that a run needs to go on: weights, AdamW's memories, averages, and the number of steps done."""
+    """All that a run needs to go on: weights, AdamW's memories, averages, steps."""
     state = {
         "step": done,
         "recipe": asdict(recipe),
@@ -166,7 +167,7 @@ def save_state(
             n: p.detach() for n, p in task.named_parameters() if p.requires_grad
         },
     }
-    save_atomically(lambda part: torch.save(state, part), path)
+    write_files({path: lambda part: torch.save(state, part)})
 
 
 def train(
@@ -176,25 +177,32 @@ def train(
     *,
     log_every: int = 50,
     save_every: int = 500,
+    save_minutes: float = 5,
     preview_every: int = 0,
+    tick: Callable[[int, dict[str, Tensor]], None] = lambda step, losses: None,
     report: Callable[[int, dict[str, float]], None] = lambda step, scalars: None,
     show: Callable[[int, Tensor], None] = lambda step, pictures: None,
 ) -> None:
-    """Teach a task until recipe.steps; an interrupted run goes on from `folder`/state.pt to the same weights.
+    """Teach a task until recipe.steps; an interrupted run goes on to the same weights.
 
-    Several processes share the batch, and learn what one would. At the end the task holds the averaged weights.
+    What it needs for that is saved in `folder`/state.pt, after `save_every` steps or
+    `save_minutes`. `tick` is called after each step, `report` after `log_every` steps,
+    `show` with previews. Several processes share the batch, and learn what one would.
+    At the end the task holds the averaged weights.
     """
     import accelerate
     from torch.nn.attention import sdpa_kernel
 
-    accelerate.state.AcceleratorState._reset_state()  # else the first run would fix the precision of all later ones
+    # else the first run would fix the precision of all later ones
+    accelerate.state.AcceleratorState._reset_state()
     accelerator = accelerate.Accelerator(
         mixed_precision=recipe.precision, log_with="tensorboard", project_dir=folder
     )
     rank, world = accelerator.process_index, accelerator.num_processes
     if recipe.batch % world:
         raise ValueError(
-            f"a batch of {recipe.batch} does not divide among {world} processes: choose a multiple"
+            f"a batch of {recipe.batch} does not divide among {world} processes: "
+            "choose a multiple"
         )
     share = recipe.batch // world
     learned = [p for p in task.parameters() if p.requires_grad]
@@ -205,7 +213,7 @@ def train(
     first = resume(folder / "state.pt", task, optimizer, average, recipe)
     model, optimizer = accelerator.prepare(task, optimizer)
     accelerator.init_trackers("tensorboard")
-    started = time.perf_counter()
+    started = saved = time.perf_counter()
     for step in range(first, recipe.steps):
         batch = task.examples(
             generators(recipe, step)[rank * share : (rank + 1) * share]
@@ -221,6 +229,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         average.update(task, step)
         done = step + 1
+        tick(done, losses)
         if done % log_every == 0:
             scalars = {name: x.item() for name, x in losses.items()} | {
                 "norm": float(norm),
@@ -231,10 +240,11 @@ def train(
             )
             accelerator.log(scalars, step=done)
             report(done, scalars)
-        if accelerator.is_main_process and (
-            done % save_every == 0 or done == recipe.steps
-        ):
+        late = time.perf_counter() - saved > 60 * save_minutes
+        due = done % save_every == 0 or done == recipe.steps or late
+        if accelerator.is_main_process and due:
             save_state(folder / "state.pt", done, recipe, task, optimizer, average)
+            saved = time.perf_counter()
         if accelerator.is_main_process and preview_every and done % preview_every == 0:
             average.swap(task)
             pictures = task.preview().clamp(-1, 1)
@@ -251,7 +261,8 @@ def read_state(path: Path) -> dict:
     """A saved state, on the CPU; nothing in the file is ever executed."""
     if not path.exists():
         raise ValueError(
-            f"{path} is not there: train that stage first (sdlearn train {path.parent.name})"
+            f"{path} is not there: train that stage first "
+            f"(sdlearn train {path.parent.name})"
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -261,7 +272,8 @@ def read_state(path: Path) -> dict:
         }
     except Exception as error:  # damaged bytes fail in many ways
         raise ValueError(
-            f"{path} is not a readable training state ({type(error).__name__}): remove it"
+            f"{path} is not a readable training state ({type(error).__name__}): "
+            "remove it"
         ) from None
 
 
@@ -272,14 +284,13 @@ def resume(
     average: Average,
     recipe: Recipe,
 ) -> int:
-    """Put a saved state back, if there is one; returns the number of steps that are done."""
+    """Put a saved state back, if there is one; returns the number of steps done."""
     if not path.exists():
         return 0
     state = read_state(path)
     free = {"steps", "cooldown"}  # a run may be made longer, and end gently
-    if not state[
-        "optimizer"
-    ]:  # weights of a checkpoint, with which a new run begins: any precision will do
+    # weights of a checkpoint, with which a new run begins: any precision will do
+    if not state["optimizer"]:
         free.add("precision")
     changed = {
         name
@@ -288,7 +299,8 @@ def resume(
     } - free
     if changed:
         raise ValueError(
-            f"{path} was made with another {', '.join(sorted(changed))}: use the same recipe or another folder"
+            f"{path} was made with another {', '.join(sorted(changed))}: "
+            "use the same recipe or another folder"
         )
     here, there = (
         {n: x.shape for n, x in weights.items()}
@@ -312,13 +324,18 @@ def averaged_weights(path: Path) -> dict[str, Tensor]:
 
 
 def progress(path: Path) -> tuple[int, dict]:
-    """How many steps a saved state has done, and its recipe; (0, {}) if there is none."""
-    state = read_state(path) if path.exists() else {"step": 0, "recipe": {}}
+    """The steps of a saved state, and its recipe; (0, {}) if there is none."""
+    if not path.exists():
+        return 0, {}
+    state = read_state(path)
     return state["step"], state["recipe"]
 
 
 def fastest_precision(task: Task, count: int = 8) -> str:
-    """The precision in which a training step takes least time here: measured on a CPU, known for GPUs."""
+    """The precision in which a training step takes least time here.
+
+    It is measured on a CPU, and known for GPUs.
+    """
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if torch.backends.mps.is_available():

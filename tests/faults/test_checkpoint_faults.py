@@ -22,8 +22,10 @@ from PIL import Image
 from random_model import random_parts, save_random_model
 from safetensors.torch import load_file, save_file
 
-from sdlearn import cli, files, fitting, weights
-from sdlearn.headers import human
+from sdlearn import cli
+from sdlearn.checkpoint import files
+from sdlearn.checkpoint import load as weights
+from sdlearn.checkpoint.files import human
 from sdlearn.pipeline import StableDiffusion
 
 SMALL = {"lora_unet_x.lora_down.weight": (4, 3), "lora_unet_x.lora_up.weight": (3, 4)}
@@ -112,6 +114,39 @@ def bomb_bytes() -> bytes:
     return packed.getvalue()
 
 
+def nested(depth: int) -> bytes:
+    """A table whose key is a tuple of tuples of tuples, each twice the one before: its hash takes for ever."""
+    steps = b"".join(b"q%ch%ch%c\x86" % (i, i, i) for i in range(depth))
+    return b"\x80\x02}K\x01" + steps + b"K\x01s."
+
+
+def dup(depth: int) -> bytes:
+    return b"\x80\x02}K\x01" + b"2\x86" * depth + b"K\x01s."
+
+
+def giant(module: str, name: str) -> bytes:
+    """Calls something that torch allows with a number that fills any memory."""
+    return f"\x80\x02c{module}\n{name}\n".encode("latin1") + b"\x8a\x06\x00\x00\x00\x00\x00\x01\x85R."
+
+
+def zipped_stored(program: bytes) -> Maker:
+    def make(path: Path) -> None:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x/data.pkl", program)
+
+    return make
+
+
+def grown(path: Path) -> None:
+    """The table says more numbers than the storage has."""
+    torch.save({"w": torch.ones(100)}, path)
+    with zipfile.ZipFile(path) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, content in members.items():
+            new.writestr(name, content.replace(b"Kd\x85", b"K\xff\x85") if name.endswith("data.pkl") else content)
+
+
 class Acts:
     def __reduce__(self):
         return os.system, ("touch trace",)
@@ -121,44 +156,45 @@ GOOD = saved({"state_dict": {"lora_unet_x.lora_down.weight": torch.ones(4, 3)}})
 OLD = saved({"a": torch.ones(99)}, _use_new_zipfile_serialization=False)
 DUPLICATE = header(SMALL)[8:].replace(b"lora_up", b"lora_down")
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4265146304\n"
+ENDLESS = header(SMALL)[8:].replace(b"96]", b"9" * 9999 + b"]")
 HUGE = (2**62).to_bytes(8, "little") + b'{"a": 1}'
 PAGE = b"\n<!DOCTYPE html>\n<html><head><title>Not found</title></head><body>404</body></html>"
 DEEP = b"[" * 50_000 + b"]" * 50_000
 FAULTS: dict[str, tuple[str, Maker, str]] = {  # what is wrong -> the file's name, how it is made, what is said
     "empty": ("x.safetensors", write(b""), "is empty"),
     "empty pickle": ("x.ckpt", write(b""), "is empty"),
-    "one byte": ("x.safetensors", write(b"\x07"), "is damaged, its header has 7 bytes, but the file ends after 1"),
-    "only a length": ("x.safetensors", write(bytes([9]) + bytes(7)), "header has 9 bytes, but the file ends after 8"),
-    "truncated header": ("x.safetensors", cut(safe(), 0.4), "bytes, but the file ends after"),
-    "truncated numbers": ("x.safetensors", safe(size=90), "is damaged, it has"),
-    "surplus bytes": ("x.safetensors", safe(size=97), "but its header speaks of"),
-    "absurd length": ("x.safetensors", write(HUGE), "its header claims to have 4,611,686,018,427,387,904 bytes"),
-    "bit-flipped length": ("x.safetensors", flip(safe(), 3), "is damaged, its header has 67,1"),
-    "bit-flipped bracket": ("x.safetensors", flip(safe(), 8), "is damaged, its header is no JSON"),
-    "bit-flipped quote": ("x.safetensors", flip(safe(), 9), "is damaged, its header is no JSON"),
-    "no JSON": ("x.safetensors", safe(text=b"{'a': 1}" + b" " * 8), "its header is no JSON"),
-    "no UTF-8": ("x.safetensors", safe(text=b'{"\xff": 1}'), "its header is no JSON (UnicodeDecodeError)"),
-    "deep JSON": ("x.safetensors", safe(text=b'{"a": ' + DEEP + b"}"), "its header is no JSON (RecursionError)"),
-    "no table": ("x.safetensors", safe(text=b"[1, 2, 3, 4, 5, 6]"), "its header is no table of tensors"),
-    "bad metadata": ("x.safetensors", safe(lambda c: c.update(__metadata__={"a": 1})), "is no table of tensors"),
-    "duplicate names": ("x.safetensors", safe(text=DUPLICATE), "names lora_unet_x.lora_down.weight twice"),
+    "one byte": ("x.safetensors", write(b"\x07"), "is damaged, header too small"),
+    "only a length": ("x.safetensors", write(bytes([9]) + bytes(7)), "is damaged, in"),
+    "truncated header": ("x.safetensors", cut(safe(), 0.4), "is damaged, in"),
+    "truncated numbers": ("x.safetensors", safe(size=90), "is damaged, incomplete metadata, file not fully covered"),
+    "surplus bytes": ("x.safetensors", safe(size=97), "is damaged, incomplete metadata, file not fully covered"),
+    "absurd length": ("x.safetensors", write(HUGE), "is damaged, header too large"),
+    "bit-flipped length": ("x.safetensors", flip(safe(), 3), "is damaged, in"),
+    "bit-flipped bracket": ("x.safetensors", flip(safe(), 8), "is damaged, invalid "),
+    "bit-flipped quote": ("x.safetensors", flip(safe(), 9), "is damaged, invalid JSON in header"),
+    "no JSON": ("x.safetensors", safe(text=b"{'a': 1}" + b" " * 8), "invalid JSON in header"),
+    "no UTF-8": ("x.safetensors", safe(text=b'{"\xff": 1}'), "is damaged, invalid UTF-8 in header"),
+    "deep JSON": ("x.safetensors", safe(text=b'{"a": ' + DEEP + b"}"), "recursion limit exceeded"),
+    "no table": ("x.safetensors", safe(text=b"[1, 2, 3, 4, 5, 6]"), "is damaged, invalid "),
+    "bad metadata": ("x.safetensors", safe(lambda c: c.update(__metadata__={"a": 1})), "expected a string"),
+    "duplicate names": ("x.safetensors", safe(text=DUPLICATE), "invalid offset for tensor `lora_unet_x.lora_down"),
     "no tensors": ("x.safetensors", safe(lambda content: content.clear(), 0), "holds no tensors"),
-    "unknown type": ("x.safetensors", safe(entry(dtype="F23")), "no type, shape or place for lora_unet_x.lora_up.wei"),
-    "negative shape": ("x.safetensors", safe(entry(shape=[-3, -4])), "no type, shape or place"),
-    "shape of words": ("x.safetensors", safe(entry(shape=["3", "4"])), "no type, shape or place"),
-    "monstrous shape": ("x.safetensors", safe(entry(shape=[10**18, 10**18])), "but [1000000000000000000, 10"),
-    "number without end": ("x.safetensors", safe(text=header(SMALL)[8:].replace(b"96]", b"9" * 9999 + b"]")), "place"),
-    "overlap": ("x.safetensors", safe(entry(data_offsets=[40, 88])), "overlaps its neighbour"),
-    "gap": ("x.safetensors", safe(entry(data_offsets=[50, 98])), "leaves a gap after its neighbour"),
-    "out of range": ("x.safetensors", safe(entry(shape=[3, 40], data_offsets=[48, 528])), "its header speaks of"),
-    "backward place": ("x.safetensors", safe(entry(data_offsets=[96, 48])), "has -48 bytes"),
-    "no place": ("x.safetensors", safe(entry(data_offsets=None)), "no type, shape or place"),
+    "unknown type": ("x.safetensors", safe(entry(dtype="F23")), "unknown variant `F23`"),
+    "negative shape": ("x.safetensors", safe(entry(shape=[-3, -4])), "invalid value: integer `-3`"),
+    "shape of words": ("x.safetensors", safe(entry(shape=["3", "4"])), "is damaged, invalid JSON in header: inva"),
+    "monstrous shape": ("x.safetensors", safe(entry(shape=[10**18, 10**18])), "overflow computing buffer size"),
+    "number without end": ("x.safetensors", safe(text=ENDLESS), "is damaged, invalid JSON"),
+    "overlap": ("x.safetensors", safe(entry(data_offsets=[40, 88])), "invalid offset for tensor"),
+    "gap": ("x.safetensors", safe(entry(data_offsets=[50, 98])), "invalid offset for tensor"),
+    "out of range": ("x.safetensors", safe(entry(shape=[3, 40], data_offsets=[48, 528])), "is damaged, in"),
+    "backward place": ("x.safetensors", safe(entry(data_offsets=[96, 48])), "is damaged, invalid "),
+    "no place": ("x.safetensors", safe(entry(data_offsets=None)), "is damaged, invalid JSON"),
     "pickle called safetensors": ("x.safetensors", GOOD, "holds a pickle (.ckpt) under another name: rename it"),
     "old pickle called safetensors": ("x.safetensors", OLD, "holds a pickle (.ckpt) under another name: rename it"),
     "safetensors called pickle": ("x.ckpt", safe(), "holds .safetensors under another name: rename it"),
     "truncated pickle": ("x.ckpt", cut(GOOD, 0.7), "is damaged, or cut off"),
-    "truncated old pickle": ("x.ckpt", cut(OLD, 0.8), "is damaged, it has"),
-    "missing storage": ("x.ckpt", repacked("data/0"), "it lacks the numbers of the storage 0"),
+    "truncated old pickle": ("x.ckpt", cut(OLD, 0.8), "is damaged, its pickle cannot be read"),
+    "missing storage": ("x.ckpt", repacked("data/0"), "is damaged, its pickle cannot be read"),
     "packed again": ("x.ckpt", repacked("nothing", zipfile.ZIP_DEFLATED), "was packed a second time, after torch"),
     "missing pickle": ("x.ckpt", repacked("data.pkl"), "is a zip archive, but holds no checkpoint: unpack it"),
     "pickle that acts": ("x.ckpt", saved({"w": torch.ones(1), "x": Acts()}), "system); nothing of it was run"),
@@ -181,7 +217,17 @@ FAULTS: dict[str, tuple[str, Maker, str]] = {  # what is wrong -> the file's nam
     "GGUF": ("x.gguf", write(b"GGUF\x03\x00\x00\x00" + bytes(99)), "is a GGUF file, whose weights are quantised"),
     "picture": ("x.safetensors", lambda path: Image.new("RGB", (9, 9)).save(path, "png"), "is a picture"),
     "zeros": ("x.ckpt", write(bytes(5000)), "is no checkpoint, or is damaged from its first byte on"),
-    "noise": ("x.safetensors", write(bytes(range(255, 5, -1)) * 9), "its header claims"),
+    "type of a list": ("x.safetensors", safe(entry(dtype=[])), "is damaged, invalid JSON in header: invalid type"),
+    "larger than its storage": ("x.ckpt", grown, "is damaged, "),
+    "repeated without end": ("x.ckpt", saved({"w": torch.ones(1).expand(10**9, 10**9)}), "w is larger than the whole"),
+    "tuples of tuples": ("x.ckpt", write(nested(60)), "is damaged, its pickle holds a tuple without end"),
+    "tuples of tuples in a zip": ("x.ckpt", zipped_stored(nested(60)), "its pickle holds a tuple without end"),
+    "tuples by dup": ("x.ckpt", write(dup(30)), "it does what no table of tensors needs"),
+    "deep tuples": ("x.ckpt", write(b"\x80\x02}" + b")" + b"\x85" * 500_000 + b"K\x01s."), "a tuple without end"),
+    "an empty giant": ("x.ckpt", write(giant("builtins", "bytearray")), "(it calls builtins.bytearray)"),
+    "a giant tensor": ("x.ckpt", write(giant("torch", "FloatTensor")), "(it calls torch.FloatTensor)"),
+    "a pickle without end": ("x.ckpt", write(b"\x80\x02" + b"N0" * 3_000_000 + b"."), "its pickle never ends"),
+    "noise": ("x.safetensors", write(bytes(range(255, 5, -1)) * 9), "header too large"),
 }  # fmt: skip
 
 
@@ -241,20 +287,20 @@ def test_draw_with_it(refused, tmp_path, fault):
 
 
 OTHER_MODELS = {  # tensors of a sound file -> what is said of it
-    "LoRA of kohya": (SMALL, "x.safetensors is a LoRA (chapter 15), but a whole SD 1 checkpoint is wanted"),
-    "LoRA of diffusers": ({"unet.x.lora_A.weight": (4, 3), "unet.x.lora_B.weight": (3, 4)}, "is a LoRA (chapter 15)"),
-    "LoRA of attention processors": ({"unet.x.processor.to_q_lora.down.weight": (4, 3)}, "is a LoRA (chapter 15)"),
-    "LoHa": ({"lycoris_x.hada_w1_a": (4, 3)}, "is a LoRA (chapter 15)"),
-    "LoKr": ({"lycoris_x.lokr_w1": (4, 3)}, "is a LoRA (chapter 15)"),
-    "ControlNet": ({"control_model.input_hint_block.0.bias": (1,)}, "is a ControlNet (chapter 16)"),
-    "bare ControlNet": ({"input_hint_block.0.bias": (1,)}, "is a ControlNet (chapter 16)"),
-    "ControlNet of diffusers": ({"controlnet_down_blocks.0.bias": (1,)}, "is a ControlNet (chapter 16)"),
+    "LoRA of kohya": (SMALL, "x.safetensors is a LoRA, but a whole SD 1 checkpoint is wanted"),
+    "LoRA of diffusers": ({"unet.x.lora_A.weight": (4, 3), "unet.x.lora_B.weight": (3, 4)}, "is a LoRA"),
+    "LoRA of attention processors": ({"unet.x.processor.to_q_lora.down.weight": (4, 3)}, "is a LoRA"),
+    "LoHa": ({"lycoris_x.hada_w1_a": (4, 3)}, "is a LoRA"),
+    "LoKr": ({"lycoris_x.lokr_w1": (4, 3)}, "is a LoRA"),
+    "ControlNet": ({"control_model.input_hint_block.0.bias": (1,)}, "is a ControlNet"),
+    "bare ControlNet": ({"input_hint_block.0.bias": (1,)}, "is a ControlNet"),
+    "ControlNet of diffusers": ({"controlnet_down_blocks.0.bias": (1,)}, "is a ControlNet"),
     "textual inversion": ({"emb_params": (8, 768)}, "is a textual inversion"),
     "textual inversion of diffusers": ({"<cat-toy>": (768,)}, "is a textual inversion"),
-    "SD 2": ({"cond_stage_model.model.ln_final.bias": (1,), "model.diffusion_model.x": (1,)}, "is an SD 2 model"),
-    "SDXL": ({"conditioner.embedders.0.x": (1,), "model.diffusion_model.x": (1,)}, "is an SDXL model (chapter 17)"),
-    "U-Net alone": ({"model.diffusion_model.out.2.bias": (4,)}, "is a U-Net without a text encoder"),
-    "U-Net of a folder": ({"down_blocks.0.x": (1,), "up_blocks.0.x": (1,)}, "is one part of a diffusers folder"),
+    "SD 2": ({"cond_stage_model.model.ln_final.bias": (1,), "model.diffusion_model.x": (1,)}, "is a Stable Diffu"),
+    "SDXL": ({"conditioner.embedders.0.x": (1,), "model.diffusion_model.x": (1,)}, "is an SDXL model"),
+    "U-Net alone": ({"model.diffusion_model.out.2.bias": (4,)}, "is a U-Net alone"),
+    "U-Net of a folder": ({"down_blocks.0.x": (1,), "up_blocks.0.x": (1,)}, "is a U-Net alone"),
     "VAE": ({"encoder.mid.attn_1.q.weight": (1, 1, 1, 1)}, "is a VAE alone"),
     "VAE of diffusers": ({"decoder.mid_block.attentions.0.to_q.weight": (1, 1)}, "is a VAE alone"),
     "judge": ({"classifier.weight": (10, 3)}, "is unknown, but a whole SD 1 checkpoint is wanted"),
@@ -297,15 +343,15 @@ def test_not_enough_memory(refused, tmp_path, monkeypatch):
     """Said before anything is read, where it can be known."""
     save_random_model(tmp_path / "model", torch.float16)
     parts = weights.load(tmp_path / "model", torch.float32)  # what the command computes in on a CPU
-    need = sum(x.nbytes for x in parts.unet.parameters())
-    monkeypatch.setattr(fitting, "free_memory", lambda device: need - 1)
+    need = sum(x.nbytes for x in parts.networks["unet"].parameters())
+    monkeypatch.setattr(weights, "free_memory", lambda device: need - 1)
     said = refused("txt2img", "a cat", "--model", "model", "-o", "out")
     assert f"{UNET} needs {human(need)} of memory, but only {human(need - 1)} are free: close other programs" in said
     with pytest.raises(ValueError, match=f"needs {human(need)} of memory"):
         weights.load(tmp_path / "model", torch.float32)
-    monkeypatch.setattr(fitting, "free_memory", lambda device: need)
+    monkeypatch.setattr(weights, "free_memory", lambda device: need)
     assert weights.load(tmp_path / "model", torch.float32)
-    monkeypatch.setattr(fitting, "free_memory", lambda device: None)  # a machine that does not tell
+    monkeypatch.setattr(weights, "free_memory", lambda device: None)  # a machine that does not tell
     assert weights.load(tmp_path / "model", torch.float32)
 
 
@@ -314,7 +360,7 @@ def test_memory_is_exhausted_all_the_same(refused, tmp_path, monkeypatch):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: not enough memory")
 
     save_random_model(tmp_path / "model")
-    monkeypatch.setattr(fitting, "check_numbers", exhausted)
+    monkeypatch.setattr(weights, "check_numbers", exhausted)
     assert "sdlearn: not enough memory" in refused("txt2img", "a cat", "--model", "model", "-o", "out")
 
 
@@ -327,24 +373,24 @@ def test_no_disk_to_write_on(tmp_path, monkeypatch, file):
         patch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
         with pytest.raises(ValueError, match=r"has 1.00 kB free, but .* are to be written: make room"):
             weights.save(tmp_path / file, parts)
-    for name in ("save_file", "torch.save"):
+    for name in ("safetensors.torch.save_file", "torch.save"):
 
         def fill(tensors, path, **more):
             Path(path).write_bytes(b"half")
             raise OSError(28, "No space left on device", str(path))
 
-        monkeypatch.setattr(f"sdlearn.files.{name}", fill)
+        monkeypatch.setattr(name, fill)
     with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\): make room on the disk"):
         weights.save(tmp_path / file, parts)
-    left = [path.name for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "tokenizer"]
-    assert left == ["old"]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["old"]
 
 
 def test_a_path_or_a_model_of_the_hub(refused, tmp_path):
     (tmp_path / "models").mkdir()
     for path in ("nowhere", "models/nowhere", "x.ckpt", "some/x.safetensors", "a/b/c", "../up", "/none/there"):
         said = refused("txt2img", "a cat", "--model", path, "-o", "out")
-        assert f"there is no model at {path}: give a diffusers folder, a .safetensors or .ckpt file, or OWNER/" in said
+        assert f"there is no model at {path}" in said
+        assert ": give a diffusers folder, a .safetensors or .ckpt file, or OWNER/NAME" in said
     said = refused("txt2img", "a cat", "--model", "some-one/some-model", "-o", "out")
     assert "there is no model at some-one/some-model, and from the hub: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE" in said
 
@@ -368,10 +414,10 @@ FOLDER_FAULTS: dict[str, tuple[dict[str, bytes | None], str, bool]] = {  # what 
     "git-lfs pointer": ({VAE: LFS}, f"{VAE} is a git-lfs pointer", True),
     "truncated weights": ({UNET: b"\x07\0\0\0\0\0\0\0{"}, f"{UNET} is damaged", True),
     "no index": ({"model_index.json": None}, "is no model, for it has no model_index.json: give the folder of", True),
-    "index of rubbish": ({"model_index.json": b"{ rubbish"}, "model_index.json is no readable JSON object", True),
-    "index of a list": ({"model_index.json": b"[1]"}, "model_index.json is no readable JSON object", True),
-    "index in a deep": ({"model_index.json": DEEP}, "model_index.json is no readable JSON object", False),
-    "index that leads outside": ({"model_index.json": INDEX}, "has no folder ../unet, but its", False),
+    "index of rubbish": ({"model_index.json": b"{ rubbish"}, "model_index.json", True),
+    "index of a list": ({"model_index.json": b"[1]"}, "model_index.json", True),
+    "index in a deep table": ({"model_index.json": DEEP}, "model_index.json", True),
+    "index that leads outside": ({"model_index.json": INDEX}, "has no folder ../unet, but its", True),
     "empty index": ({"model_index.json": b"{}", "clip/": None, "judge/": None}, "has no part with weights", True),
 }
 
@@ -406,9 +452,9 @@ def test_paths(refused, tmp_path):
         "empty": "empty is no model, for it has no model_index.json: give the folder of a model, or a file",
         "folder.safetensors": "folder.safetensors is no model",
         "several": "several is no model, for it has no model_index.json: give one of its files, such as a.safetensors",
-        "dangling.ckpt": "there is nothing at dangling.ckpt",
+        "dangling.ckpt": "dangling.ckpt cannot be read (No such file or directory)",
         "loop.ckpt": "loop.ckpt cannot be read (Too many levels of symbolic links)",
-        "pipe.ckpt": "pipe.ckpt is a device or a pipe, but a .safetensors or .ckpt file is wanted",
+        "pipe.ckpt": "pipe.ckpt is a pipe or a device, but a plain file is wanted",
         "x" * 300: "File name too long",
     }
     for path, sentence in sentences.items():

@@ -1,6 +1,6 @@
 """What may happen to a training run: it is killed, the disk is full, Ctrl-C, another recipe. Nothing may be lost."""
 
-import errno
+import json
 import os
 import random
 import signal
@@ -17,10 +17,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from toy_task import Toy  # noqa: E402
 
-from sdlearn.training import Recipe, averaged_weights, save_atomically, train  # noqa: E402
+from sdlearn.pipeline import pick_device  # noqa: E402
+from sdlearn.tiny import recipe as tiny  # noqa: E402
+from sdlearn.training import Recipe, averaged_weights, train  # noqa: E402
 
 RECIPE = Recipe(steps=30, batch=2, lr=1e-2, warmup=2, ema=0.9)
 ROOT = Path(__file__).parent.parent.parent
+DEVICE = pick_device(None)
 
 
 def python(code, *words, **more):
@@ -59,6 +62,8 @@ print(*steps)
 """
 
 
+@pytest.mark.posix
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(tmp_path):
     train(Toy(256), RECIPE, tmp_path / "unbroken", save_every=1000)
     process = python(KILLED_AGAIN_AND_AGAIN, tmp_path / "killed", cwd=Path(__file__).parent)
@@ -70,21 +75,6 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(tmp_path):
     wanted = averaged_weights(tmp_path / "unbroken" / "state.pt")
     for name, value in averaged_weights(tmp_path / "killed" / "state.pt").items():
         assert torch.equal(value, wanted[name])
-
-
-def test_a_full_disk_leaves_the_last_good_file_and_no_litter(tmp_path):
-    path = tmp_path / "state.pt"
-    save_atomically(lambda part: torch.save({"step": 1}, part), path)
-
-    def breaks_off(part):
-        with open(part, "wb") as file:
-            file.write(b"half of a file")
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left"):
-        save_atomically(breaks_off, path)
-    assert torch.load(path, weights_only=True) == {"step": 1}
-    assert os.listdir(tmp_path) == ["state.pt"]
 
 
 FULL_DISK = """
@@ -101,31 +91,19 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that grows beyond the li
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     train(Toy(256), RECIPE, folder, save_every=1)
-except Exception as error:
-    print("stopped:", type(error).__name__)
+except ValueError as error:
+    print("stopped:", error)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no limit of file size")
 def test_a_real_write_that_fails_midway_leaves_the_last_good_state(tmp_path):
     process = python(FULL_DISK, tmp_path, cwd=Path(__file__).parent)
     out, err = process.communicate(timeout=300)
-    assert "stopped:" in out, err
+    assert f"stopped: {tmp_path / 'state.pt'} cannot be written" in out, err
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
     assert not list(tmp_path.glob(".*.part"))
-
-
-def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
-    path = tmp_path / "deep" / "state.pt"
-    save_atomically(lambda part: part.write_text("old"), path)
-    seen = []
-
-    def write(part):
-        part.write_text("new")
-        seen.append((path.read_text(), part.parent == path.parent))
-
-    save_atomically(write, path)
-    assert seen == [("old", True)] and path.read_text() == "new"
 
 
 ENDLESS = """
@@ -140,11 +118,13 @@ from sdlearn.tiny import recipe as tiny
 tiny.MAKE["vae"] = lambda runs: Toy()
 tiny.STAGES["vae"] = replace(RECIPE, steps=10**6)
 tiny.fastest_precision = lambda task: "no"
-tiny.train = lambda *args, train=tiny.train, **more: train(*args, **more, save_every=1, log_every=1)
+tiny.SAVE_EVERY = 1
 sys.exit(cli.main(["train", "vae", "--runs", sys.argv[1]]))
 """
 
 
+@pytest.mark.posix
+@pytest.mark.slow
 def test_ctrl_c_ends_the_command_cleanly(tmp_path):
     process = python(ENDLESS, tmp_path, cwd=Path(__file__).parent)
     state, patience = tmp_path / "vae" / "state.pt", time.monotonic() + 200
@@ -156,8 +136,78 @@ def test_ctrl_c_ends_the_command_cleanly(tmp_path):
     out, err = process.communicate(timeout=100)
     assert process.returncode == 130, err
     assert "Traceback" not in err and err.rstrip().endswith("sdlearn: interrupted")
-    assert torch.load(state, weights_only=True)["step"] >= 1
+    assert (step := torch.load(state, weights_only=True)["step"]) >= 1
+    assert f"vae: saved up to step {step:,} in {state}; the same command goes on from there" in err
+    assert (
+        f"vae: learns in 1,000,000 steps of 2 examples, on {DEVICE} in float32; state and log are in {state.parent}"
+        in err
+    )
+    assert "loss=" in err and "step/s" in err
     assert not list(state.parent.glob(".*.part"))
+
+
+def toy_stage(monkeypatch, **more):
+    monkeypatch.setitem(tiny.MAKE, "vae", lambda runs: Toy())
+    monkeypatch.setitem(tiny.STAGES, "vae", Recipe(**{"steps": 200, "batch": 2} | more))
+
+
+def test_who_stops_before_anything_is_saved_is_told(tmp_path, monkeypatch, capsys):
+    def interrupted(*words, **more):
+        raise KeyboardInterrupt
+
+    toy_stage(monkeypatch)
+    monkeypatch.setattr(tiny, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train_stage("vae", tmp_path, None, "no")
+    assert "vae: nothing was saved yet; the same command begins anew" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_second_training_in_the_same_folder_is_refused(tmp_path, monkeypatch):
+    toy_stage(monkeypatch)
+
+    def meanwhile(*words, **more):
+        command = [sys.executable, "-c", SECOND, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and "another program is at work in" in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
+
+    monkeypatch.setattr(tiny, "train", meanwhile)
+    tiny.train_stage("vae", tmp_path, None, "no")
+    monkeypatch.undo()
+    toy_stage(monkeypatch)  # and the lock is open again
+    tiny.train_stage("vae", tmp_path, 2, "no")
+
+
+SECOND = """
+import sys
+from sdlearn.cli import main
+sys.exit(main(["train", "vae", "--precision", "no", "--runs", sys.argv[1]]))
+"""
+
+
+def test_the_log_tells_every_step_once_after_a_kill(tmp_path, monkeypatch, capsys):
+    toy_stage(monkeypatch)
+    tiny.train_stage("vae", tmp_path, 100, "no")
+    log = tmp_path / "vae" / "log.jsonl"
+    with open(log, "a") as file:  # it went on to step 150, saved nothing, and was killed while it wrote
+        file.write('{"step": 150, "loss": 1.0}\n{"step": 200, "lo')
+    tiny.train_stage("vae", tmp_path, 200, "auto")
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [50, 100, 150, 200]
+    assert '"loss": 1.0,' not in log.read_text()
+    assert "vae: goes on after step 100 of 200 steps of 2 examples" in capsys.readouterr().err
+    tiny.train_stage("vae", tmp_path, None, "auto")
+    assert "vae: its 200 steps are done" in capsys.readouterr().err
+
+
+def test_slow_steps_are_saved_by_the_clock(tmp_path):
+    path, seen = tmp_path / "state.pt", []
+
+    def tick(step, losses):
+        seen.append(torch.load(path, weights_only=True)["step"] if path.exists() else 0)
+
+    train(Toy(), replace(RECIPE, steps=3), tmp_path, save_every=1000, save_minutes=0, tick=tick)
+    assert seen == [0, 1, 2]
 
 
 def test_another_recipe_is_refused_in_one_sentence(tmp_path):

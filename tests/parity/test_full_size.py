@@ -15,13 +15,12 @@ from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionImg2ImgPipeli
 from full_model import fill, full_checkpoint, reverse_inside
 from PIL import Image
 
-from sdlearn.files import read_tensors
-from sdlearn.fitting import empty
-from sdlearn.names import recognise
+from sdlearn.checkpoint.dialects import recognise
+from sdlearn.checkpoint.files import read_tensors
+from sdlearn.checkpoint.load import empty, load
 from sdlearn.pictures import to_tensor
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.unet import UNet, UNetConfig
-from sdlearn.weights import load
 
 pytestmark = pytest.mark.slow
 PROMPT, NEGATIVE = "a fox to the left of a green umbrella", "blurry"
@@ -73,7 +72,7 @@ def ask_ours(sd: StableDiffusion, questions: Answers) -> Answers:
     dtype = sd.unet.conv_in.weight.dtype
     image, code, noisy = (questions[name].to(dtype) for name in ("image", "code", "noisy"))
     states, context = sd.text_encoder.hidden_states(tokens), sd.text_encoder(tokens)
-    moments = sd.vae.encode(image)
+    moments = sd.vae.unscaled(image)
     answers = {f"CLIP, hidden state {i}": state for i, state in enumerate(states)}
     answers |= {"CLIP, context": context, "VAE, mean": moments.mean, "VAE, logvar": moments.logvar}
     answers["VAE, decoded"] = sd.vae.decode(code)
@@ -99,7 +98,7 @@ def draw_ours(sd: StableDiffusion, name: str) -> np.ndarray:
     how = {"negative_prompt": NEGATIVE, "steps": steps, "cfg_scale": scale, "sampler": sampler, "seed": seed}
     if strength is None:
         return np.asarray(sd.txt2img(PROMPT, **how)[0])
-    return np.asarray(sd.img2img(PROMPT, start_picture(), strength, **how)[0])
+    return np.asarray(sd.img2img(PROMPT, start_picture(), strength=strength, **how)[0])
 
 
 def draw_theirs(pipe: StableDiffusionPipeline, name: str) -> np.ndarray:

@@ -205,6 +205,18 @@ def test_the_tab_key_goes_through_a_figure_and_is_seen(visit):
         assert not figure.evaluate("box => box.contains(document.activeElement)"), "the Tab key does not get out"
 
 
+def test_no_code_scrolls_sideways_on_a_desktop(visit):
+    visit.unfold()
+    blocks, wide = visit.page.evaluate("""() => {
+      const blocks = [...document.querySelectorAll(".cell_input pre, .bd-article .highlight-python pre")];
+      const wide = blocks.filter((box) => box.checkVisibility() && box.scrollWidth > box.clientWidth + 1);
+      return [blocks.length, wide.map((box) => box.textContent.split("\\n").sort((a, b) => b.length - a.length)[0])];
+    }""")
+    assert wide == []
+    if re.search(r"/\d\d_", visit.name):
+        assert blocks > 10
+
+
 def test_a_phone_scrolls_no_page_sideways(visit):
     visit.size(PHONE)
     try:

@@ -1,7 +1,8 @@
-"""pictures and words -> figures that move: in the book without a server, in Jupyter with the model. It knows no model.
+"""pictures and words -> figures that move. It knows no model.
 
-What draws is called for every value when a program runs the notebook, and so for the book: the figure holds all frames
-and a small script, data/moving.js; without scripts they are a still picture. Where a person can move a widget it is
+What draws is called for every value when a program runs the notebook, and so for the
+book: the figure holds all frames and a small script, data/moving.js; without scripts
+they are a still picture. Where a person can move a widget it is
 called again for each value that they choose.
 """
 
@@ -23,11 +24,14 @@ from torch import Tensor
 from sdlearn.book.show import to_array
 
 LARGEST = 400_000  # bytes of a figure
-SMALL = 100  # pictures less high are enlarged by a whole number, so that their pixels are seen
+SMALL = 100  # pictures less high are enlarged, so that their pixels are seen
 
 
 def person_is_there() -> bool:
-    """Can anyone move a widget? Jupyter and editors let a cell ask for input; nbconvert, nbclient and nbval do not."""
+    """Can anyone move a widget?
+
+    Jupyter and editors let a cell ask for input; nbconvert, nbclient and nbval do not.
+    """
     try:
         import ipywidgets  # noqa: F401
         from IPython import get_ipython
@@ -55,11 +59,13 @@ def slider(
     heads: Sequence[str] = (),
     finer: Mapping[str, Sequence[Any]] | None = None,
 ) -> Any:
-    """A picture with one slider or two: draw(a) or draw(a, b) for axes {name: values of a, name: values of b}.
+    """A picture with one slider or two.
 
-    draw gives a picture (whatever `show.to_array` takes), a list of them side by side, or a pair (either, note).
-    start: the numbers of the first values, by default the middle; heads: what stands above pictures side by side.
-    finer: {name: more values}, for the axes that a person at a widget may move in smaller steps.
+    It shows draw(a) or draw(a, b) for axes {name: values of a, name: values of b}; draw
+    gives a picture (whatever `show.to_array` takes), a list of them side by side, or a
+    pair (either, note). start: the numbers of the first values, by default the middle;
+    heads: what stands above pictures side by side; finer: {name: more values}, for axes
+    that a person at a widget may move in smaller steps.
     """
     names, values = list(axes), [list(one) for one in axes.values()]
     if not 1 <= len(axes) <= 2 or not all(values):
@@ -71,7 +77,8 @@ def slider(
         0 <= i < len(one) for i, one in zip(first, values, strict=False)
     ):
         raise ValueError(
-            f"start is {start}; give the number of a value for each of {', '.join(names)}"
+            f"start is {start}; "
+            f"give the number of a value for each of {', '.join(names)}"
         )
     if person_is_there():
         fine = [
@@ -87,11 +94,11 @@ def slider(
         [name, [spelled(value) for value in one]]
         for name, one in zip(names, values, strict=True)
     ]
-    said = [f"{name} {', '.join(text)}" for name, text in texts]
+    read = [f"{name} {', '.join(text)}" for name, text in texts]
     said = (
-        f"From left to right, row by row: {said[0]}."
-        if len(said) == 1
-        else f"Down: {said[0]}. Across: {said[1]}."
+        f"From left to right, row by row: {read[0]}."
+        if len(read) == 1
+        else f"Down: {read[0]}. Across: {read[1]}."
     )
     frames = [frame(picture) for picture, _ in drawn]
     across = len(values[1]) if len(values) == 2 else columns(frames)
@@ -109,7 +116,7 @@ def slider(
 def words(
     picture: Any, words: Sequence[str], maps: Tensor | np.ndarray, title: str
 ) -> Moving:
-    """A picture and its sentence: at each word the picture is bright where the word's map (h, w) of `maps` is high."""
+    """A picture and its sentence: a word's map (h, w) lights up the picture."""
     if len(words) != len(maps) or not words:
         raise ValueError(
             f"{len(words)} words and {len(maps)} maps; give one map for each word"
@@ -122,7 +129,10 @@ def words(
     body, sheet = view(frames, columns(frames), f"{title}. {still}")
     pressed = '<button type="button" class="moving-word" aria-pressed="false">'
     buttons = " ".join(f"{pressed}{escape(word)}</button>" for word in words)
-    body = f'<div class="moving-live" hidden="hidden">{buttons}</div>{body}<p class="moving-still">{escape(still)}</p>'
+    body = (
+        f'<div class="moving-live" hidden="hidden">{buttons}</div>{body}'
+        f'<p class="moving-still">{escape(still)}</p>'
+    )
     return figure(title, body, notes=notes, sheet=sheet, still="the picture")
 
 
@@ -133,7 +143,10 @@ def pieces(
     axis: str = "step",
     start: int = 0,
 ) -> Moving:
-    """Words that are joined step by step: states[step][word] is a list of pieces, notes[step] says what happened."""
+    """Words that are joined step by step.
+
+    states[step][word] is a list of pieces, notes[step] says what happened.
+    """
     if len(states) != len(notes) or not states:
         raise ValueError(
             f"{len(states)} states and {len(notes)} notes; give one note for each state"
@@ -145,7 +158,10 @@ def pieces(
     )
     step = '<button type="button" class="moving-step" value='
     buttons = f'{step}"-1">back</button> {step}"1">next</button>'
-    body = f'<ol class="moving-still">{still}</ol><div class="moving-rows moving-live" hidden="hidden"></div>'
+    body = (
+        f'<ol class="moving-still">{still}</ol>'
+        '<div class="moving-rows moving-live" hidden="hidden"></div>'
+    )
     body += (
         control(axis, len(states), start)
         + f'<div class="moving-live" hidden="hidden">{buttons}</div>'
@@ -187,17 +203,19 @@ def gap(frames: Sequence[Image.Image]) -> int:
 
 
 def table(frames: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Pictures of one size in rows. The gaps are transparent and continue the edges, or these would be blurred."""
+    """Pictures of one size in rows.
+
+    The gaps are transparent and continue the edges, or these would be blurred.
+    """
     if len(sizes := {one.size for one in frames}) > 1:
         raise ValueError(
             f"the pictures have the sizes {sorted(sizes)}; give all the same"
         )
     tiles, columns, half = [], columns or len(frames), gap(frames) // 2
     for one in frames:
-        tile = np.pad(
-            one.convert("RGBA"), [(half, half), (half, half), (0, 0)], mode="edge"
-        )
-        tile[..., 3] = np.pad(one.convert("RGBA").getchannel("A"), half)
+        pixels = np.array(one.convert("RGBA"))
+        tile = np.pad(pixels, [(half, half), (half, half), (0, 0)], mode="edge")
+        tile[..., 3] = np.pad(pixels[..., 3], half)
         tiles.append(tile)
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     rows = [
@@ -275,8 +293,10 @@ def view(
 def control(name: str, count: int, start: int) -> str:
     """A slider over 0 to count - 1, with its name and a place for its value."""
     return (
-        f'<div class="moving-control moving-live" hidden="hidden"><label><span>{escape(name)}</span><input type="range"'
-        f' min="0" max="{count - 1}" value="{start}" autocomplete="off"></label><output aria-live="off"></output></div>'
+        '<div class="moving-control moving-live" hidden="hidden"><label>'
+        f'<span>{escape(name)}</span><input type="range" min="0" max="{count - 1}" '
+        f'value="{start}" autocomplete="off"></label><output aria-live="off"></output>'
+        "</div>"
     )
 
 
@@ -291,7 +311,7 @@ def boxes(state: Sequence[Sequence[str]]) -> str:
 
 
 def figure(title: str, body: str, **data: Any) -> Moving:
-    """Caption, body and note, with style, script, and the data that the script reads."""
+    """Caption, body and note, with style, script and the script's data."""
     style, script = (
         files("sdlearn").joinpath(f"data/moving.{kind}").read_text("utf-8")
         for kind in ("css", "js")
@@ -300,13 +320,16 @@ def figure(title: str, body: str, **data: Any) -> Moving:
         json.dumps({"title": title, **data}, ensure_ascii=False, separators=(",", ":"))
     )
     html = (
-        f'<style>{style}</style><figure class="moving" role="group" aria-label="{escape(title)}" '
-        f'data-moving="{packed}"><figcaption>{escape(title)}</figcaption>{body}'
-        f'<p class="moving-note moving-live" aria-live="polite" hidden="hidden"></p></figure><script>{script}</script>'
+        f'<style>{style}</style><figure class="moving" role="group" '
+        f'aria-label="{escape(title)}" data-moving="{packed}">'
+        f"<figcaption>{escape(title)}</figcaption>{body}"
+        '<p class="moving-note moving-live" aria-live="polite" hidden="hidden"></p>'
+        f"</figure><script>{script}</script>"
     )
     if len(html.encode()) > LARGEST:
         raise ValueError(
-            f"the figure takes {len(html.encode()):,} bytes, at most {LARGEST:,}: show fewer frames"
+            f"the figure takes {len(html.encode()):,} bytes, at most {LARGEST:,}: "
+            "show fewer frames"
         )
     return Moving(title, html)
 

@@ -23,7 +23,7 @@ COLOURS = [
 
 
 def use_style(picture_format: str = "png") -> None:
-    """One look for every figure of the book: white ground (legible in dark mode), sober axes, our palette.
+    """One look for every figure: white ground, sober axes, our palette.
 
     picture_format: "png", or "jpeg" in chapters full of pictures, which it keeps small.
     """
@@ -51,7 +51,10 @@ def use_style(picture_format: str = "png") -> None:
 
 
 def to_array(image: Image.Image | np.ndarray | Tensor) -> np.ndarray:
-    """A PIL image, an array, or a tensor (3, H, W) in [-1, 1] -> (H, W, 3) uint8; an (H, W) map stays as it is."""
+    """A PIL image, an array, or a tensor (3, H, W) in [-1, 1] -> (H, W, 3) uint8.
+
+    An (H, W) map stays as it is.
+    """
     if isinstance(image, Tensor):
         image = image.detach().float().cpu()
         if image.ndim == 3:
@@ -71,7 +74,10 @@ def images(
     columns: int = 8,
     size: float = 1.6,
 ) -> Figure:
-    """A grid of pictures: PIL images, uint8 arrays, or tensors (B, 3, H, W) in [-1, 1]; `size` in inches each."""
+    """A grid of pictures, of `size` inches each.
+
+    They are PIL images, uint8 arrays, or tensors (B, 3, H, W) in [-1, 1].
+    """
     arrays = [to_array(picture) for picture in pictures]
     columns = min(columns, len(arrays))
     rows = -(-len(arrays) // columns)
@@ -97,7 +103,7 @@ def heatmap(
     title: str = "",
     values: bool = False,
 ) -> Figure:
-    """A matrix as colours, with names along its sides and, if wanted, the numbers in its cells."""
+    """A matrix as colours, with names along its sides and, if wanted, its numbers."""
     array = np.asarray(
         matrix.detach().float().cpu() if isinstance(matrix, Tensor) else matrix
     )

@@ -1,7 +1,8 @@
-"""checkpoint -> figures: how good the tiny Stable Diffusion is, measured. Chapter 09 explains it."""
+"""checkpoint -> figures: how good the tiny Stable Diffusion is. Chapter 09 explains."""
 
 import argparse
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,6 +14,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sdlearn.arguments import DTYPES, add_device
+from sdlearn.checkpoint.load import load_clip
+from sdlearn.disk import check_writable, write_files
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.request import Request
 from sdlearn.schedule import add_noise
@@ -27,7 +31,6 @@ from sdlearn.tiny.scenes import (
 )
 from sdlearn.tiny.tasks import to_tensor
 from sdlearn.unet import attention_maps, record_attention
-from sdlearn.weights import load_clip
 
 ROWS = {  # name of a row: the split of its scenes, and how many things they have
     "seen, one thing": ("train", 1),
@@ -57,7 +60,10 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 def remade(
     model: StableDiffusion, scenes: Sequence[Scene], batch: int = 20
 ) -> tuple[Tensor, Tensor]:
-    """Pictures of scenes, and what the VAE makes of them, in 8 bits as it would be saved: each (B, 3, H, W)."""
+    """Pictures of scenes, and what the VAE makes of them: each (B, 3, H, W).
+
+    The latter have 8 bits, as they would be saved.
+    """
     images = torch.stack([to_tensor(scene.render()) for scene in scenes])
     latents = (
         model.vae.encode(x.to(model.device, model.dtype)).mean
@@ -74,7 +80,7 @@ def vae_psnr(model: StableDiffusion, count: int = 200, seed: int = 0) -> float:
 
 @torch.inference_mode()
 def clip_retrieval(folder: Path, count: int = 200, seed: int = 0) -> dict[str, float]:
-    """Among `count` fresh scenes: how often the right sentence, and the right picture, comes first."""
+    """How often the right one of `count` sentences, or pictures, is found."""
     tokenizer, clip = load_clip(folder)
     scenes = fresh_scenes(count, seed)
     images = clip.embed_image(
@@ -137,11 +143,12 @@ def prompt_following(
     cfg_scale: float = 7.5,
     seed: int = 1,
 ) -> dict[str, dict[str, float]]:
-    """Draw `count` fresh prompts, a fifth for each row, and let the judge say what came of them: {row: {part: share}}.
+    """Draw `count` fresh prompts, a fifth for each row, and let the judge look at them.
 
-    "relation" counts only pictures of two things whose objects are right; "true pictures" is how often the judge calls
-    the true picture of the same prompts all right, and "through the VAE" the same after encoding and decoding: nothing
-    drawn can score higher, except by luck.
+    Returns {row: {part: share}}. "relation" counts only pictures of two things whose
+    objects are right; "true pictures" is how often the judge calls the true picture of
+    the same prompts all right, and "through the VAE" the same after encoding and
+    decoding: nothing drawn can score higher, except by luck.
     """
     table = {}
     with tqdm(
@@ -167,7 +174,7 @@ def prompt_following(
 
 
 def judged(
-    judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Tensor]
+    judge: Judge, scenes: Sequence[Scene], pictures: Tensor | Sequence[Tensor]
 ) -> list[dict[str, bool]]:
     """The judge's verdict on each picture (3, H, W) in [-1, 1]."""
     findings = look(judge, torch.stack([*pictures]))
@@ -180,11 +187,11 @@ def judged(
 def attention_overlap(
     model: StableDiffusion, count: int = 60, t: int = 500, seed: int = 0
 ) -> dict[str, float]:
-    """Where the U-Net looks for each object word, on noisy latents of real scenes, whose boxes we know.
+    """Where the U-Net looks for each object word, on noisy latents of known scenes.
 
-    "inside": the share of a word's attention that falls into its object's box; "area": the box's share of the
-    picture, which blind attention would reach; "points": how often the strongest position lies in the box.
-    Tang et al. 2022 (DAAM).
+    "inside": the share of a word's attention that falls into its object's box; "area":
+    the box's share of the picture, which blind attention would reach; "points": how
+    often the strongest position lies in the box. Tang et al. 2022 (DAAM).
     """
     inside, area, points = [], [], []
     generator = torch.Generator().manual_seed(seed)
@@ -205,11 +212,7 @@ def attention_overlap(
         )  # (S, h, w)
         for thing in scene.things:
             place = words.index(thing.name + "</w>") + 1  # after the start token
-            left, top, right, bottom = (
-                round(edge / model.factor) for edge in thing.box
-            )
-            mask = torch.zeros_like(maps[place])
-            mask[max(top, 0) : bottom, max(left, 0) : right] = 1
+            mask = inside_of(thing.box, maps[place], model.factor)
             inside.append((maps[place] * mask).sum() / maps[place].sum())
             area.append(mask.mean())
             points.append(mask.flatten()[maps[place].argmax()])
@@ -219,8 +222,19 @@ def attention_overlap(
     }
 
 
+def inside_of(box: tuple[int, int, int, int], grid: Tensor, factor: int) -> Tensor:
+    """1 where the middle of a position lies in the box, given in pixels; else 0."""
+    left, top, right, bottom = box
+    y, x = ((torch.arange(n) + 0.5) * factor for n in grid.shape)
+    rows, columns = (top <= y) & (y < bottom), (left <= x) & (x < right)
+    return (rows[:, None] & columns).to(grid)
+
+
 def changed(scene: Scene, rng: random.Random) -> dict[str, str]:
-    """Sentences that are wrong in one thing each, for a scene of two things; "colours" where one has a colour."""
+    """Sentences that are wrong in one thing each, for a scene of two things.
+
+    "colours" is among them where the first thing has a colour.
+    """
     first, second = scene.things
     names = {thing.name for thing in scene.things}
     other = rng.choice(
@@ -248,9 +262,10 @@ def changed(scene: Scene, rng: random.Random) -> dict[str, str]:
 def words_heard(
     model: StableDiffusion, count: int = 64, t: int = 800, seed: int = 0
 ) -> dict[str, float]:
-    """How often the true sentence explains noisy latents better than one with a wrong background, object ...; .5: deaf.
+    """How often the true sentence explains noisy latents better than a wrong one.
 
-    No picture is drawn: the error of eps tells. Li et al. 2023 (arXiv:2303.16203) classify pictures in this way.
+    Wrong in its background, object ...; the deaf reach 0.5. No picture is drawn: the
+    error of the answer tells. Li et al. 2023 (arXiv:2303.16203) classify in this way.
     """
     scenes, rng = fresh_scenes(count, seed, things=2), random.Random(seed)
     images = torch.stack([to_tensor(scene.render()) for scene in scenes])
@@ -292,6 +307,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", default="ddpm")
     parser.add_argument("--cfg-scale", type=float, default=7.5)
     parser.add_argument("--seed", type=int, default=1)
+    add_device(parser)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
 
 
@@ -299,13 +315,24 @@ def main(args: argparse.Namespace) -> None:
     """`sdlearn evaluate`: every figure, printed as tables."""
     if args.prompts < len(ROWS):
         raise ValueError(
-            f"--prompts {args.prompts} is too few: give at least {len(ROWS)}, one for each kind of scene"
+            f"--prompts {args.prompts} is too few: give at least {len(ROWS)}, "
+            "one for each kind of scene"
         )
-    model, judge = StableDiffusion.load(args.model), load_judge(args.model)
-    following = prompt_following(
-        model, judge, args.prompts, args.steps, args.sampler, args.cfg_scale, args.seed
-    )
+    if args.json:
+        check_writable(args.json)
+    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
+    model = StableDiffusion.load(args.model, args.device, dtype)
+    judge = load_judge(args.model)
+    settings = {
+        "steps": args.steps,
+        "sampler": args.sampler,
+        "cfg_scale": args.cfg_scale,
+        "seed": args.seed,
+    }
+    following = prompt_following(model, judge, args.prompts, **settings)
     figures = {
+        "pictures in a row": args.prompts // len(ROWS),
+        "settings": settings,
         "VAE PSNR, dB": vae_psnr(model),
         "CLIP retrieval": clip_retrieval(args.model),
         "attention overlap": attention_overlap(model),
@@ -314,17 +341,30 @@ def main(args: argparse.Namespace) -> None:
     }
     print(table_of(figures))
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+        text = json.dumps(without_nan(figures), indent=1) + "\n"
+        write_files({args.json: lambda part: part.write_text(text, "utf-8")})
+
+
+def without_nan(figures: dict) -> dict:
+    """JSON knows no "not a number": what could not be measured becomes null."""
+    return {
+        name: without_nan(x)
+        if isinstance(x, dict)
+        else None
+        if isinstance(x, float) and math.isnan(x)
+        else x
+        for name, x in figures.items()
+    }
 
 
 def table_of(figures: dict) -> str:
     """The figures as text."""
+    settings = " ".join(f"{name} {x}" for name, x in figures["settings"].items())
     lines = [f"VAE PSNR on fresh scenes: {figures['VAE PSNR, dB']:.1f} dB"]
     for name in ("CLIP retrieval", "attention overlap", "words heard"):
-        lines.append(
-            f"{name}: "
-            + ", ".join(f"{key} {value:.2f}" for key, value in figures[name].items())
-        )
+        values = (f"{key} {value:.2f}" for key, value in figures[name].items())
+        lines.append(f"{name}: " + ", ".join(values))
+    lines.append(f"{figures['pictures in a row']} pictures in each row; {settings}")
     columns = {column: max(11, 2 + len(column)) for column in (*PARTS, *CEILINGS)}
     lines.append(
         f"{'prompt following':28}"

@@ -1,12 +1,13 @@
-"""picture -> what is in it: a classifier on pixels that may say "none of these". Chapter 09 explains it.
+"""picture -> what is in it: a classifier that may say "none of these". See chapter 09.
 
-The judge sees only pixels, never latents or prompts. It labels every 8x8 cell of a picture with an object and a colour,
-and the picture with a background. It learns from scenes, and from spoiled scenes whose objects it has to call unknown.
+The judge sees only pixels, never latents or prompts. It labels every 8x8 cell of a
+picture with an object and a colour, and the picture with a background. It learns from
+scenes, and from spoiled scenes whose objects it has to call unknown.
 """
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdlearn.blocks import ResBlock
-from sdlearn.files import read_tensors
+from sdlearn.checkpoint.files import read_tensors
 from sdlearn.tiny.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -40,7 +41,10 @@ IGNORE = -100  # cells that no loss looks at
 
 
 class Judge(nn.Module):
-    """image (B, 3, 128, 128) in [-1, 1] -> logits of objects, colours (B, labels, 16, 16), background (B, labels)."""
+    """image (B, 3, 128, 128) in [-1, 1] -> logits of objects, colours and background.
+
+    Objects and colours are (B, labels, 16, 16), the background is (B, labels).
+    """
 
     def __init__(self, width: int = 96):
         super().__init__()
@@ -67,23 +71,28 @@ class Judge(nn.Module):
 
 def load_judge(folder: Path) -> Judge:
     """The judge of a checkpoint."""
-    judge = Judge()
-    judge.load_state_dict(
-        {
-            name: x.float()
-            for name, x in read_tensors(folder / "judge" / "model.safetensors").items()
-        }
-    )
+    judge, path = Judge(), folder / "judge" / "model.safetensors"
+    weights = {name: x.float() for name, x in read_tensors(path).items()}
+    if {n: x.shape for n, x in weights.items()} != shapes_of(judge):
+        raise ValueError(
+            f"{path} judges another world: its labels are not those of the scenes now; "
+            "train it again (sdlearn train judge, then export)"
+        )
+    judge.load_state_dict(weights)
     return judge.eval()
+
+
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: x.shape for name, x in model.state_dict().items()}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the judge sees: {object: (colour, x, y)}, in pixels; the background; and the share it cannot name."""
+    """What the judge sees: {object: (colour, x, y)}, in pixels; the background."""
 
     things: dict[str, tuple[str, float, float]]
     background: str
-    unknown: float  # unknown cells as a share of all cells that are not empty
+    unknown: float  # cells it cannot name, as a share of all that are not empty
 
 
 @torch.inference_mode()
@@ -117,7 +126,7 @@ def look(judge: Judge, images: Tensor, least: int = 6) -> list[Finding]:
 
 
 def verdict(finding: Finding, scene: Scene) -> dict[str, bool]:
-    """Which parts of a full caption the picture shows: objects, colours, background, relation, and all of them."""
+    """Which parts of a full caption the picture shows, and whether all of them."""
     names = {thing.name for thing in scene.things}
     objects = set(finding.things) == names and finding.unknown < 0.25
     colours = all(
@@ -141,7 +150,7 @@ def verdict(finding: Finding, scene: Scene) -> dict[str, bool]:
 
 
 def relation_of(finding: Finding, scene: Scene) -> str:
-    """How the first thing of the scene lies to the second one in the picture that was found."""
+    """How the first thing of the scene lies to the second one in the picture."""
     (_, ax, ay), (_, bx, by) = (finding.things[thing.name] for thing in scene.things)
     if abs(ax - bx) >= abs(ay - by):
         return "to the left of" if ax < bx else "to the right of"
@@ -189,7 +198,10 @@ def spoil(drawing: np.ndarray, rng: random.Random, other: np.ndarray) -> np.ndar
 
 
 def example(rng: random.Random) -> tuple[Tensor, Tensor, Tensor, int]:
-    """A scene as it should be or spoiled, slightly blurred and shaken, with the labels of its cells and background."""
+    """A scene, or a spoiled one, slightly blurred and shaken, and its labels.
+
+    Returns the image, the objects and the colours of its cells, and the background.
+    """
     scene = random_scene(rng, rng.choice(["train", "train", "colour", "pair"]))
     picture = np.empty((SIZE, SIZE, 3), np.uint8)
     known = rng.random() < 0.9
@@ -237,10 +249,13 @@ def example(rng: random.Random) -> tuple[Tensor, Tensor, Tensor, int]:
     return image, torch.from_numpy(objects), torch.from_numpy(colours), ground
 
 
-def unlike(palette, rng: random.Random, least: int = 60) -> tuple[int, int, int]:
+def unlike(
+    palette: Iterable[tuple[int, int, int]], rng: random.Random, least: int = 60
+) -> tuple[int, int, int]:
     """A colour that is far from all of the palette."""
+    palette = list(palette)
     while True:
-        colour = tuple(rng.randrange(256) for _ in range(3))
+        colour = rng.randrange(256), rng.randrange(256), rng.randrange(256)
         if all(
             sum(abs(a - b) for a, b in zip(colour, known, strict=True)) > least
             for known in palette
@@ -249,7 +264,7 @@ def unlike(palette, rng: random.Random, least: int = 60) -> tuple[int, int, int]
 
 
 def tinted(drawing: np.ndarray, rng: random.Random) -> np.ndarray:
-    """The drawing with its channels turned round and inverted: the same shape in colours that have no name here."""
+    """The drawing in colours that have no name here: channels turned and inverted."""
     out = drawing.copy()
     bright = drawing[..., :3].max(-1) > 60  # outlines stay black
     shift = np.array([rng.choice((0, 90, 170)) for _ in range(3)]) + 40

@@ -1,13 +1,19 @@
-"""recipes -> checkpoints/tiny: the sizes of the tiny Stable Diffusion and the stages of its training."""
+"""recipes -> checkpoints/tiny: the sizes of our model, the stages of its training."""
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import shutil
+import sys
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -15,7 +21,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sdlearn.arguments import thread_count
+from sdlearn.checkpoint.load import (
+    Parts,
+    load_clip,
+    load_text_encoder,
+    load_unet,
+    load_vae,
+    save,
+    save_clip,
+)
 from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig
+from sdlearn.disk import check_writable, explained, locked, read_text, write_files
 from sdlearn.pictures import to_image
 from sdlearn.schedule import Schedule
 from sdlearn.speed import compile_unet
@@ -39,25 +56,14 @@ from sdlearn.training import (
     averaged_weights,
     fastest_precision,
     progress,
-    save_atomically,
     train,
 )
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
-from sdlearn.weights import (
-    Parts,
-    load_clip,
-    load_text_encoder,
-    load_unet,
-    load_vae,
-    save,
-    save_clip,
-)
 
 SCHEDULE = Schedule()
-VAE_SIZES = VAEConfig(
-    channels=(16, 48, 96, 192), blocks=1, groups=8, scale=1.0
-)  # the scale is measured when training ends
+# The VAE's scale is measured when its training ends.
+VAE_SIZES = VAEConfig(channels=(16, 48, 96, 192), blocks=1, groups=8, scale=1.0)
 IMAGE_SIZES = CLIPImageConfig(size=128, patch=16, width=128, layers=4, heads=4)
 UNET_SIZES = UNetConfig(
     (96, 192, 224),
@@ -85,19 +91,29 @@ STAGES = {  # in the order of training, as for Stable Diffusion itself
     "unet": Recipe(steps=20_000, batch=32, lr=8e-4, ema=0.999, cooldown=2_000),
     "guided": Recipe(steps=3_000, batch=32, lr=4e-4, ema=0.999, cooldown=2_800),
 }
+SAVE_EVERY, SAVE_MINUTES = 500, 5  # steps, minutes: whichever comes first
 PREVIEW_EVERY = 500  # steps of the U-Net
 BANK = 49_152  # training scenes whose latents are computed once
 
 
-def channels_last(model: nn.Module) -> nn.Module:
-    """Convolutions are faster when the channels of a pixel lie side by side in memory."""
-    return model.to(memory_format=torch.channels_last)
+Network = TypeVar("Network", bound=nn.Module)
+AnyTask = TypeVar("AnyTask", bound=Task)
 
 
-def trained(task: Task, runs: Path, stage: str) -> Task:
+def channels_last(model: Network) -> Network:
+    """Convolutions are faster when the channels of a pixel lie side by side."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def trained(task: AnyTask, runs: Path, stage: str) -> AnyTask:
     """The task with the averaged weights of a finished (or interrupted) stage."""
-    weights = averaged_weights(runs / stage / "state.pt")
-    task.load_state_dict(weights, strict=False)
+    path = runs / stage / "state.pt"
+    if not path.exists():
+        raise ValueError(
+            f"{path} is not there: train that stage first (sdlearn train {stage}), "
+            "or begin with the weights of a checkpoint (sdlearn train begin)"
+        )
+    task.load_state_dict(averaged_weights(path), strict=False)
     return task.eval()
 
 
@@ -113,12 +129,12 @@ def make_vae(runs: Path | None = None, crop: int | None = 64) -> VAETask:
 
 
 def make_decoder(runs: Path) -> DecoderTask:
-    """The trained VAE, its encoder fixed: latents keep their meaning while pictures become sharper and truer."""
+    """The trained VAE, its encoder fixed: only pictures become sharper and truer."""
     return DecoderTask(make_vae(runs).vae)
 
 
 def best_vae(runs: Path) -> VAE:
-    """The trained VAE, with the better decoder if that stage has run, and its scale measured: 1 / std."""
+    """The trained VAE, with the better decoder if there is one; its scale measured."""
     task = make_decoder(runs)
     if (runs / "decoder" / "state.pt").exists():
         trained(task, runs, "decoder")
@@ -138,10 +154,14 @@ def make_places(runs: Path) -> PlacesTask:
     return PlacesTask(task.clip.text_encoder, task.tokenizer)
 
 
-def make_unet(
-    runs: Path, bank: int = BANK, kind: type[HintedTask] = HintedTask
-) -> HintedTask:
-    """The U-Net, on a VAE and a text encoder that stay as they are: CLIP's, after it has learned what lies where."""
+Hinted = TypeVar("Hinted", bound=HintedTask)
+
+
+def unet_task(kind: type[Hinted], runs: Path, bank: int = BANK) -> Hinted:
+    """The U-Net, on a VAE and a text encoder that stay as they are.
+
+    The text encoder is CLIP's, after it has learned what lies where.
+    """
     vae, clip = best_vae(runs), make_clip(runs)
     if (runs / "places" / "state.pt").exists():
         trained(PlacesTask(clip.clip.text_encoder, clip.tokenizer), runs, "places")
@@ -152,15 +172,20 @@ def make_unet(
     )
 
 
-def make_guided(runs: Path) -> GuidedTask:
-    """The trained U-Net, for the steps that make guidance of 7.5 harmless at weak noise."""
-    return trained(make_unet(runs, kind=GuidedTask), runs, "unet")
+def make_unet(runs: Path, bank: int = BANK) -> HintedTask:
+    return unet_task(HintedTask, runs, bank)
+
+
+def make_guided(runs: Path, bank: int = BANK) -> GuidedTask:
+    """The trained U-Net, for steps that make a scale of 7.5 harmless at weak noise."""
+    return trained(unet_task(GuidedTask, runs, bank), runs, "unet")
 
 
 def best_unet(runs: Path) -> HintedTask:
-    """The trained U-Net. After the guided stage: the mean of the weights before it and after.
+    """The trained U-Net; after the guided stage, the mean of before and after.
 
-    What was learned last is there, and less of what was known before is lost; Wortsman et al. 2022, section 3.
+    What was learned last is there, and less of what was known before is lost; Wortsman
+    et al. 2022, section 3.
     """
     task = trained(make_unet(runs, bank=2048), runs, "unet")
     if (runs / "guided" / "state.pt").exists():
@@ -183,96 +208,134 @@ MAKE: dict[str, Callable[[Path], Task]] = {
 
 
 def export(runs: Path, folder: Path) -> None:
-    """Write what was trained, as a checkpoint that this package and diffusers load, with its judge and its history."""
-    clip, unet = make_clip(runs), best_unet(runs)
-    networks = {
-        "tokenizer": clip.tokenizer,
-        "text_encoder": unet.text_encoder,
-        "vae": best_vae(runs),
-        "unet": unet.unet,
-    }
-    save(folder, Parts(networks, SCHEDULE, unet.prediction, (SIZE, SIZE)))
-    save_clip(folder, clip.clip)
-    judge = {
-        name: x.half().contiguous()
-        for name, x in make_judge(runs).judge.state_dict().items()
-    }
-    save_atomically(
-        lambda part: save_file(judge, part), folder / "judge" / "model.safetensors"
-    )
+    """Write what was trained, as a checkpoint that this package and diffusers load.
+
+    With its judge and its history. All is written aside and moved when it is whole, so
+    that a failure leaves the checkpoint as it was.
+    """
+    clip, unet, judge = make_clip(runs), best_unet(runs), make_judge(runs).judge
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
+    try:
+        with explained(folder):
+            parts = {
+                "tokenizer": clip.tokenizer,
+                "text_encoder": unet.text_encoder,
+                "vae": best_vae(runs),
+                "unet": unet.unet,
+            }
+            save(aside, Parts(parts, SCHEDULE, unet.prediction, (SIZE, SIZE)))
+            save_clip(aside, clip.clip)
+            half = {
+                name: x.half().contiguous() for name, x in judge.state_dict().items()
+            }
+            judge_file = aside / "judge" / "model.safetensors"
+            write_files({judge_file: partial(save_file, half)})
+            keep_history(runs, aside / "history")
+            for old in (folder / "history").glob("preview-*"):
+                old.unlink()
+            for path in [path for path in aside.rglob("*") if path.is_file()]:
+                place = folder / path.relative_to(aside)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, place)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def keep_history(runs: Path, folder: Path) -> None:
+    """The figures of all stages, thinned, and previews of the U-Net."""
+    writers: dict[Path, Callable[[Path], object]] = {}
     for stage in STAGES:
-        if (runs / stage / "log.jsonl").exists():
-            history = thinned(
-                (runs / stage / "log.jsonl").read_text("utf-8").splitlines()
-            )
-            save_atomically(
-                lambda part, text=history: part.write_text(text, "utf-8"),
-                folder / "history" / f"{stage}.jsonl",
-            )
-    keep_previews(runs / "unet", folder / "history")
+        log = runs / stage / "log.jsonl"
+        if log.exists():
+            writers[folder / f"{stage}.jsonl"] = text_writer(thinned(lines_of(log)))
+    write_files(writers)
+    keep_previews(runs / "unet", folder)
+
+
+def text_writer(text: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(text, "utf-8")
+
+
+def bytes_writer(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
 
 
 def keep_previews(source: Path, target: Path, most: int = 8) -> None:
-    """The U-Net's previews, as JPEG; of many, `most`: early ones close together, the first and the last among them."""
-    target.mkdir(parents=True, exist_ok=True)
-    for old in target.glob("preview-*"):
-        old.unlink()
+    """Previews of the U-Net, as JPEG: at most `most`, with the first and the last.
+
+    Early ones lie close together, since pictures change most in the beginning.
+    """
     left = {int(path.stem.split("-")[1]): path for path in source.glob("preview-*.*")}
     first, last = min(left, default=1), max(left, default=1)
     wanted = [first * (last / first) ** (i / (most - 1)) for i in range(most)]
-    for moment in (
-        wanted[-1:] + wanted[:-1]
-    ):  # the last one must not be taken for another
+    # the last one comes first: it must not be taken for another
+    for moment in wanted[-1:] + wanted[:-1]:
         if left:
-            preview = left.pop(
-                min(left, key=lambda step, moment=moment: abs(step - moment))
+            _, nearest = min((abs(step - moment), step) for step in left)
+            preview = left.pop(nearest)
+            write_files(
+                {target / f"{preview.stem}.jpg": bytes_writer(as_jpeg(preview))}
             )
-            if preview.suffix == ".jpg":  # kept before: not compressed twice
-                shutil.copyfile(preview, target / preview.name)
-            else:
-                with Image.open(preview) as picture:
-                    picture.save(target / f"{preview.stem}.jpg", quality=90)
+
+
+def as_jpeg(path: Path) -> bytes:
+    if path.suffix == ".jpg":  # kept before: not compressed twice
+        return path.read_bytes()
+    content = io.BytesIO()
+    with Image.open(path, formats=["PNG"]) as picture:
+        picture.save(content, "JPEG", quality=90)
+    return content.getvalue()
 
 
 def begin(runs: Path, folder: Path) -> None:
-    """The other way: put a checkpoint's weights into `runs` for training to go on from them; optimizers start anew."""
-    parts = {
+    """The other way: put a checkpoint's weights into `runs` for training to go on.
+
+    Optimizers start anew. Either all stages begin, or none does.
+    """
+    parts: dict[str, dict[str, nn.Module]] = {
         "clip": {"clip": load_clip(folder)[1]},
         "vae": {"vae": load_vae(folder)},
         "judge": {"judge": load_judge(folder)},
-    }
-    parts |= {
         "places": {"text_encoder": load_text_encoder(folder)},
         "unet": {"unet": load_unet(folder)},
     }
+    writers: dict[Path, Callable[[Path], object]] = {}
     for stage, networks in parts.items():
         path = runs / stage / "state.pt"
         if path.exists():
             raise ValueError(
-                f"{path} is there already: remove it, or give another folder with --runs"
+                f"{path} is there already: remove it, "
+                "or give another folder with --runs"
             )
-        weights = {
-            f"{name}.{n}": p.detach()
-            for name, network in networks.items()
-            for n, p in network.named_parameters()
-        }
-        history = (folder / "history" / f"{stage}.jsonl").read_text("utf-8")
+        history = read_text(folder / "history" / f"{stage}.jsonl")
         step = json.loads(history.splitlines()[-1])["step"]
-        recipe = asdict(STAGES[stage]) | {
-            "precision": "",
-            "begun": step,
-        }  # measured anew
-        state = {
-            "step": step,
-            "recipe": recipe,
-            "average": weights,
-            "weights": weights,
-            "optimizer": {},
-        }
-        save_atomically(lambda part, state=state: torch.save(state, part), path)
-        (runs / stage / "log.jsonl").write_text(history, "utf-8")
+        state = beginning(networks, STAGES[stage], step)
+        writers[path] = partial(torch.save, state)
+        writers[runs / stage / "log.jsonl"] = text_writer(history)
     for preview in (folder / "history").glob("preview-*.jpg"):
-        shutil.copyfile(preview, runs / "unet" / preview.name)
+        writers[runs / "unet" / preview.name] = bytes_writer(preview.read_bytes())
+    with contextlib.ExitStack() as locks:
+        for stage in parts:
+            locks.enter_context(locked(runs / stage / "lock"))
+        write_files(writers)
+
+
+def beginning(networks: dict[str, nn.Module], recipe: Recipe, step: int) -> dict:
+    """A training state that has weights and nothing else; any precision will do."""
+    weights = {
+        f"{name}.{n}": p.detach()
+        for name, network in networks.items()
+        for n, p in network.named_parameters()
+    }
+    return {
+        "step": step,
+        "recipe": asdict(recipe) | {"precision": "", "begun": step},
+        "average": weights,
+        "weights": weights,
+        "optimizer": {},
+    }
 
 
 def thinned(lines: list[str], most: int = 200) -> str:
@@ -284,7 +347,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "stage",
         choices=[*STAGES, "all", "export", "begin"],
-        help="what to train; all: every stage, then export; export: runs -> checkpoint; begin: checkpoint -> runs",
+        help="what to train; all: every stage, then export; "
+        "export: runs -> checkpoint; begin: checkpoint -> runs",
     )
     parser.add_argument(
         "--runs",
@@ -307,7 +371,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: measured here",
     )
-    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--threads", type=thread_count, metavar="N", help="CPU threads")
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -319,89 +383,150 @@ def main(args: argparse.Namespace) -> None:
     """`sdlearn train STAGE`: train, or go on with, one stage or all of them."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.stage in ("all", "export"):
+        check_writable(args.to / "model_index.json")
     if args.stage == "begin":
         begin(args.runs, args.to)
+        tell(f"{args.runs}: every stage begins with the weights of {args.to}")
     for stage in STAGES if args.stage == "all" else [args.stage]:
         if stage in STAGES:
             train_stage(stage, args.runs, args.steps, args.precision, args.compile)
     if args.stage in ("all", "export"):
         export(args.runs, args.to)
+        tell(f"{args.to}: written")
 
 
-def compile_unet(task: DenoiseTask) -> None:
-    """Compile the U-Net for training; previews, whose batches have another size, stay as they were."""
+def compile_task(task: DenoiseTask) -> None:
+    """Compile the U-Net; previews, with batches of another size, stay as they were."""
     compile_unet(task.unet, whole=False)
     preview = task.preview
 
-    def as_before() -> Tensor:
+    def as_before(*words: Any) -> Tensor:
         with torch.compiler.set_stance("force_eager"):
-            return preview()
+            return preview(*words)
 
-    task.preview = as_before
+    task.preview = as_before  # type: ignore[method-assign, assignment]
+
+
+def is_first() -> bool:
+    """Of several processes, the first one reports."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def tell(text: str) -> None:
+    """One line on stderr, where the progress bar is."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def train_stage(
     stage: str, runs: Path, steps: int | None, precision: str, compile: bool = False
 ) -> None:
-    recipe = STAGES[stage]
-    torch.manual_seed(recipe.seed)
-    task = MAKE[stage](runs)
-    if compile and stage in ("unet", "guided"):
-        compile_unet(task)
-    steps = recipe.steps if steps is None else steps
-    done, saved = progress(runs / stage / "state.pt")
-    if precision == "auto":  # an interrupted run goes on in its own precision
-        precision = saved.get("precision") or fastest_precision(task)
-    recipe = replace(
-        recipe, steps=steps, precision=precision, begun=saved.get("begun", 0)
-    )
-    silent = (
-        os.environ.get("RANK", "0") != "0"
-    )  # of several processes, the first one reports
-    bar = tqdm(
-        total=steps,
-        initial=done,
-        desc=stage,
-        unit="step",
-        dynamic_ncols=True,
-        disable=silent,
-    )
-    with bar, log_file(runs / stage) as log:
+    """Train one stage, or go on with it; say where, how, and what is saved."""
+    import accelerate
 
-        def report(step: int, scalars: dict[str, float]) -> None:
-            if silent:
-                return
-            bar.update(step - bar.n)
-            bar.set_postfix(
-                {
-                    name: f"{scalars[name]:.3g}"
-                    for name in scalars
-                    if name not in ("lr", "norm")
-                }
+    steps, folder = STAGES[stage].steps if steps is None else steps, runs / stage
+    with locked(folder / "lock") if is_first() else contextlib.nullcontext():
+        done, saved = progress(folder / "state.pt")
+        if done >= steps:
+            tell(
+                f"{stage}: its {done:,} steps are done ({folder}); see --steps for more"
             )
-            log.write(
-                json.dumps(
-                    {"step": step} | {name: round(x, 6) for name, x in scalars.items()}
+            return
+        torch.manual_seed(STAGES[stage].seed)
+        task = MAKE[stage](runs)
+        if compile and isinstance(task, DenoiseTask):
+            compile_task(task)
+        if precision == "auto":  # an interrupted run goes on in its own precision
+            precision = saved.get("precision") or fastest_precision(task)
+        begun = saved.get("begun", 0)
+        recipe = replace(STAGES[stage], steps=steps, precision=precision, begun=begun)
+        tell(opening(stage, recipe, done, folder, accelerate.PartialState().device))
+        diary = Diary(stage, steps, done, folder)
+        try:
+            with explained(folder), diary.bar:
+                train(
+                    task,
+                    recipe,
+                    folder,
+                    save_every=SAVE_EVERY,
+                    save_minutes=SAVE_MINUTES,
+                    preview_every=PREVIEW_EVERY if stage == "unet" else 0,
+                    tick=diary.tick,
+                    report=diary.report,
+                    show=diary.show,
                 )
-                + "\n"
-            )
-            log.flush()
+        except KeyboardInterrupt:
+            tell(closing(stage, folder))
+            raise
 
-        def show(step: int, pictures: Tensor) -> None:
-            film = torch.cat(list(pictures), dim=-1)
-            to_image(film).save(runs / stage / f"preview-{step:06d}.png")
 
-        train(
-            task,
-            recipe,
-            runs / stage,
-            report=report,
-            show=show,
-            preview_every=PREVIEW_EVERY if stage == "unet" else 0,
+def opening(
+    stage: str, recipe: Recipe, done: int, folder: Path, device: torch.device
+) -> str:
+    """What a run says first."""
+    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    going = f"goes on after step {done:,} of" if done else "learns in"
+    return (
+        f"{stage}: {going} {recipe.steps:,} steps of {recipe.batch} examples, "
+        f"on {device} in {precision[recipe.precision]}; state and log are in {folder}, "
+        f"saved every {SAVE_EVERY} steps or {SAVE_MINUTES} minutes"
+    )
+
+
+def closing(stage: str, folder: Path) -> str:
+    """What an interrupted run says last."""
+    done, _ = progress(folder / "state.pt")
+    if not done:
+        return f"\n{stage}: nothing was saved yet; the same command begins anew"
+    return (
+        f"\n{stage}: saved up to step {done:,} in {folder / 'state.pt'}; "
+        "the same command goes on from there"
+    )
+
+
+class Diary:
+    """What a run tells of itself: a bar on stderr, log.jsonl, previews of pictures."""
+
+    def __init__(self, stage: str, steps: int, done: int, folder: Path):
+        self.folder, self.log, self.told = folder, folder / "log.jsonl", 0.0
+        if is_first():
+            forget_after(self.log, done)
+        self.bar = tqdm(
+            total=steps,
+            initial=done,
+            desc=stage,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not is_first(),
         )
 
+    def tick(self, step: int, losses: dict[str, Tensor]) -> None:
+        if time.monotonic() - self.told > 2:  # seconds; reading a loss waits for a GPU
+            self.told = time.monotonic()
+            figures = {name: f"{x.item():.3g}" for name, x in losses.items()}
+            self.bar.set_postfix(figures, refresh=False)
+        self.bar.update(step - self.bar.n)
 
-def log_file(folder: Path) -> TextIO:
-    """Every figure that the loop reports, one JSON object a line; a resumed run goes on at the end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return open(folder / "log.jsonl", "a", encoding="utf-8")
+    def report(self, step: int, scalars: dict[str, float]) -> None:
+        if is_first():
+            figures = {name: round(x, 6) for name, x in scalars.items()}
+            with open(self.log, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step} | figures) + "\n")
+
+    def show(self, step: int, pictures: Tensor) -> None:
+        film = to_image(torch.cat(list(pictures), dim=-1))
+        path = self.folder / f"preview-{step:06d}.png"
+        write_files({path: partial(film.save, format="PNG")})
+
+
+def lines_of(log: Path) -> list[str]:
+    """The whole lines of a log; a killed run may leave half of one at the end."""
+    text = read_text(log) if log.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+def forget_after(log: Path, done: int) -> None:
+    """Drop what a log tells of steps that were lost with the run: they come again."""
+    kept = [line for line in lines_of(log) if json.loads(line)["step"] <= done]
+    write_files({log: text_writer("".join(line + "\n" for line in kept))})

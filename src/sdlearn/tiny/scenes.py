@@ -1,12 +1,14 @@
-"""sentence <-> picture: an endless, captioned data set of emoji scenes. Chapter 04, book/04_scenes.ipynb.
+"""sentence <-> picture: an endless, captioned data set of emoji scenes. Chapter 04.
 Exported from book/04_scenes.ipynb by `make export`; edit it there.
 
-Drawings: OpenMoji (CC BY-SA 4.0). "All emojis designed by OpenMoji - the open-source emoji and icon project."
+Drawings: OpenMoji (CC BY-SA 4.0). "All emojis designed by OpenMoji - the open-source
+emoji and icon project."
 """
 
 import io
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import combinations
@@ -40,7 +42,8 @@ __all__ = [
     "random_thing",
     "place",
     "random_scene",
-    "PHRASE",
+    "one_of",
+    "phrase",
     "CAPTION",
     "parse",
 ]
@@ -85,47 +88,30 @@ RECOLOURED = {  # name: (emoji, the fills to replace: light, then dark)
     "rose": ("rose", "#ea5a47", "#d22f27"),
     "tulip": ("tulip", "#f4aa41", "#e27022"),
 }
-OWN_COLOURS = {
-    name: name
-    for name in """lemon pear strawberry pineapple carrot fox lion frog penguin owl octopus turtle snail cactus
-    sunflower castle bicycle airplane sailboat sun rainbow fire snowman pizza hamburger doughnut""".split()
-} | {
-    "dog": "dog_face",
-    "cat": "cat_face",
-    "tiger": "tiger_face",
-    "rabbit": "rabbit_face",
-    "tree": "evergreen_tree",
-    "train": "locomotive",
-    "football": "soccer_ball",
-    "cake": "birthday_cake",
-}
+OWN_COLOURS = (
+    {
+        name: name
+        for name in """lemon pear strawberry pineapple carrot fox lion frog penguin owl
+        octopus turtle snail cactus sunflower castle bicycle airplane sailboat sun
+        rainbow fire snowman pizza hamburger doughnut""".split()
+    }
+    | {name: f"{name}_face" for name in ("dog", "cat", "tiger", "rabbit")}
+    | {"tree": "evergreen_tree", "train": "locomotive"}
+    | {"football": "soccer_ball", "cake": "birthday_cake"}
+)
 OBJECTS = tuple(sorted([*RECOLOURED, *OWN_COLOURS]))
 
 
 HELD_OUT_COLOURS = frozenset(
-    {
-        ("apple", "blue"),
-        ("car", "purple"),
-        ("house", "green"),
-        ("umbrella", "pink"),
-        ("butterfly", "red"),
-        ("fish", "orange"),
-        ("guitar", "yellow"),
-        ("rocket", "green"),
-        ("mushroom", "blue"),
-        ("star", "pink"),
-        ("key", "red"),
-        ("bus", "purple"),
-    }
+    tuple(line.split())
+    for line in """apple blue, car purple, house green, umbrella pink, butterfly red,
+    fish orange, guitar yellow, rocket green, mushroom blue, star pink, key red,
+    bus purple""".split(",")
 )
-HELD_OUT_PAIRS = frozenset(
-    pair for i, pair in enumerate(combinations(OBJECTS, 2)) if i % 8 == 3
-)
-NOWHERE = (
-    "octopus",
-    "umbrella",
-)  # kept out of every split: chapter 15 teaches it to the model
-SPLITS = ("train", "colour", "pair")
+HELD_OUT_PAIRS = frozenset(list(combinations(OBJECTS, 2))[3::8])
+# kept out of every split: chapter 15 teaches it to the model
+NOWHERE = "octopus", "umbrella"
+SPLITS = "train", "colour", "pair"
 RELATIONS = {
     "to the left of": "to the right of",
     "to the right of": "to the left of",
@@ -138,53 +124,43 @@ def rasterise(
     svg: str, width: int | None = None, height: int | None = None
 ) -> np.ndarray:
     """SVG source -> (height, width, 4) uint8 RGBA."""
-    return np.array(
-        Image.open(
-            io.BytesIO(
-                resvg_py.svg_to_bytes(svg_string=svg, width=width, height=height)
-            )
-        ).convert("RGBA")
-    )
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=width, height=height)
+    return np.array(Image.open(io.BytesIO(png)).convert("RGBA"))
 
 
 @cache
 def drawing_svg(name: str, colour: str | None) -> str:
     """The SVG source of a drawing, recoloured and cropped to its ink."""
-    emoji_name, *fills = (
-        RECOLOURED[name] if name in RECOLOURED else (OWN_COLOURS[name],)
-    )
+    own = (OWN_COLOURS.get(name),)
+    emoji_name, *fills = RECOLOURED.get(name, own)
     character = emoji.emojize(f":{emoji_name}:").rstrip("\ufe0f")
     svg = (get_openmoji_svg_data() / f"{ord(character):X}.svg").read_text("utf-8")
     for fill, new in zip(fills, COLOURS[colour] if colour else (), strict=False):
-        svg = re.sub(
-            fill, new.upper(), svg, flags=re.IGNORECASE
-        )  # upper case: a new colour is never replaced twice
+        # upper case: a new colour is never replaced twice
+        svg = re.sub(fill, new.upper(), svg, flags=re.IGNORECASE)
     scale = 8
     ink = rasterise(svg, 72 * scale)[..., 3].nonzero()
-    top, left, bottom, right = (
-        ink[0].min(),
-        ink[1].min(),
-        ink[0].max() + 1,
-        ink[1].max() + 1,
-    )
-    box = f"{left / scale} {top / scale} {(right - left) / scale} {(bottom - top) / scale}"
+    top, left = (along.min() / scale for along in ink)
+    bottom, right = ((along.max() + 1) / scale for along in ink)
+    box = f"{left} {top} {right - left} {bottom - top}"
     return re.sub(r'viewBox="[^"]*"', f'viewBox="{box}"', svg, count=1)
 
 
 @lru_cache(maxsize=8192)
 def sprite(name: str, colour: str | None, size: int) -> np.ndarray:
-    """A drawing whose longest side is `size` pixels: (h, w, 4) uint8 RGBA, straight alpha."""
+    """A drawing `size` pixels along its longer side: (h, w, 4) uint8 RGBA.
+
+    The alpha is straight, not multiplied into the colours.
+    """
     svg = drawing_svg(name, colour)
-    width, height = map(
-        float, re.search(r'viewBox="\S+ \S+ (\S+) (\S+)"', svg).groups()
-    )
-    return (
-        rasterise(svg, width=size) if width >= height else rasterise(svg, height=size)
-    )
+    sizes = re.search(r'viewBox="\S+ \S+ (\S+) (\S+)"', svg).groups()
+    width, height = map(float, sizes)
+    side = "width" if width >= height else "height"
+    return rasterise(svg, **{side: size})
 
 
 def paste(picture: np.ndarray, drawing: np.ndarray, left: int, top: int) -> None:
-    """Lay a drawing (h, w, 4) over a picture (H, W, 3), in place; what sticks out is cut off."""
+    """Lay a drawing (h, w, 4) over a picture (H, W, 3), in place, cut at its edge."""
     x0, y0 = max(left, 0), max(top, 0)
     under = picture[y0 : top + drawing.shape[0], x0 : left + drawing.shape[1]]
     over = drawing[y0 - top :, x0 - left :][: under.shape[0], : under.shape[1]]
@@ -198,7 +174,10 @@ def with_article(words: str) -> str:
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawing in a scene: its centre (x, y) and its longest side in pixels; colour None: its own colours."""
+    """One drawing in a scene: its centre (x, y) and its longer side, in pixels.
+
+    colour None: its own colours.
+    """
 
     name: str
     colour: str | None
@@ -226,7 +205,7 @@ class Scene:
     background: str
 
     def relation(self) -> str | None:
-        """How the first thing lies to the second: a key of RELATIONS, or None for a scene of one thing."""
+        """How the first thing lies to the second: a key of RELATIONS, or None."""
         if len(self.things) < 2:
             return None
         a, b = self.things
@@ -241,9 +220,8 @@ class Scene:
     def mirrored(self) -> "Scene":
         """The things change places."""
         a, b = self.things
-        return replace(
-            self, things=(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y))
-        )
+        swapped = replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)
+        return replace(self, things=swapped)
 
     def render(self) -> np.ndarray:
         """The picture: (128, 128, 3) uint8."""
@@ -259,30 +237,30 @@ class Scene:
 
     def sentence(self, relation: str | None = None, background: bool = True) -> str:
         """The exact caption; relation "and" leaves the places open."""
-        text = with_article(self.things[0].words)
-        if len(self.things) == 2:
-            text += (
-                f" {relation or self.relation()} {with_article(self.things[1].words)}"
-            )
-        return (
-            f"{text} on {with_article(self.background)} background"
-            if background
-            else text
-        )
+        first, *others = (with_article(thing.words) for thing in self.things)
+        relation = relation or self.relation()
+        text = " ".join([first, *(f"{relation} {words}" for words in others)])
+        ground = f" on {with_article(self.background)} background"
+        return text + ground * background
 
     def caption(self, rng: random.Random) -> str:
-        """One of the true captions: either thing first, a quarter of the pairs "and", 15% without the background."""
+        """One of the true captions.
+
+        Either thing comes first, a quarter of the pairs say "and", 15% no background.
+        """
         scene = self.turned() if len(self.things) == 2 and rng.random() < 0.5 else self
         relation = "and" if len(self.things) == 2 and rng.random() < 0.25 else None
         return scene.sentence(relation, background=rng.random() >= 0.15)
 
 
 def split_of(scene: Scene) -> str | None:
-    """The split that a scene may appear in: "train", "colour", "pair" (both held out), or None (kept out of all)."""
+    """The split that a scene may appear in: "train", "colour", "pair", or None.
+
+    "colour" and "pair" are held out; None is kept out of all.
+    """
     names = tuple(sorted(thing.name for thing in scene.things))
-    colour = any(
-        (thing.name, thing.colour) in HELD_OUT_COLOURS for thing in scene.things
-    )
+    looks = {(thing.name, thing.colour) for thing in scene.things}
+    colour = bool(looks & HELD_OUT_COLOURS)
     pair = names in HELD_OUT_PAIRS
     if names == NOWHERE or (colour and pair):
         return None
@@ -299,21 +277,12 @@ def place(
 ) -> tuple[Thing, ...]:
     """Give one or two things random places and sizes; two never overlap."""
     if len(things) == 1:
-        return (
-            replace(
-                things[0],
-                x=64 + rng.randint(-14, 14),
-                y=64 + rng.randint(-14, 14),
-                size=rng.randint(80, 96),
-            ),
-        )
+        x, y = (64 + rng.randint(-14, 14) for _ in range(2))
+        return (replace(things[0], x=x, y=y, size=rng.randint(80, 96)),)
     relation = relation or rng.choice([*RELATIONS])
+    places = (32, 96) if relation in ("to the left of", "above") else (96, 32)
     placed = []
-    for thing, near in zip(
-        things,
-        (32, 96) if relation in ("to the left of", "above") else (96, 32),
-        strict=True,
-    ):
+    for thing, near in zip(things, places, strict=True):
         along, across = near + rng.randint(-3, 3), 64 + rng.randint(-14, 14)
         x, y = (along, across) if "to the" in relation else (across, along)
         placed.append(replace(thing, x=x, y=y, size=rng.randint(50, 58)))
@@ -323,15 +292,17 @@ def place(
 def random_scene(
     rng: random.Random, split: str = "train", things: int | None = None
 ) -> Scene:
-    """Draw a scene of a split: "train", or "colour" and "pair", which hold the combinations that training never sees.
+    """Draw a scene of a split: "train", or "colour" or "pair", never trained on.
 
-    `things` fixes the number of things; by default 40% of scenes have one and 60% have two.
+    `things` fixes the number of things; by default 40% of scenes have one and 60% have
+    two.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}")
     if split == "pair" and things == 1:
         raise ValueError(
-            "a scene of the split 'pair' holds two things: give things=2, or another split"
+            "a scene of the split 'pair' holds two things: "
+            "give things=2, or another split"
         )
     while True:
         count = things or (1 if rng.random() < 0.4 and split != "pair" else 2)
@@ -340,44 +311,40 @@ def random_scene(
             chosen[0] = Thing(*rng.choice(sorted(HELD_OUT_COLOURS)), 0, 0, 0)
             rng.shuffle(chosen)
         if split == "pair":
-            chosen = [
-                random_thing(rng, name) for name in rng.choice(sorted(HELD_OUT_PAIRS))
-            ]
+            names = rng.choice(sorted(HELD_OUT_PAIRS))
+            chosen = [random_thing(rng, name) for name in names]
             rng.shuffle(chosen)
         scene = Scene(place(tuple(chosen), rng), rng.choice([*BACKGROUNDS]))
         if len({thing.name for thing in chosen}) == count and split_of(scene) == split:
             return scene
 
 
-PHRASE = (
-    r"an? (?:(?P<colour{0}>"
-    + "|".join(COLOURS)
-    + r") )?(?P<name{0}>"
-    + "|".join(OBJECTS)
-    + ")"
-)
+def one_of(name: str, words: Iterable[str]) -> str:
+    """A pattern for one of the words, to be found again by its name."""
+    return f"(?P<{name}>{'|'.join(words)})"
+
+
+def phrase(i: int) -> str:
+    return f"an? (?:{one_of(f'colour{i}', COLOURS)} )?{one_of(f'name{i}', OBJECTS)}"
 
 
 CAPTION = re.compile(
-    PHRASE.format(0)
-    + r"(?: (?P<relation>and|"
-    + "|".join(RELATIONS)
-    + r") "
-    + PHRASE.format(1)
-    + ")?"
-    + r"(?: on an? (?P<background>"
-    + "|".join(BACKGROUNDS)
-    + ") background)?"
+    f"{phrase(0)}(?: {one_of('relation', ['and', *RELATIONS])} {phrase(1)})?"
+    f"(?: on an? {one_of('background', BACKGROUNDS)} background)?"
 )
 
 
 def parse(caption: str, rng: random.Random | None = None) -> Scene:
-    """A sentence -> a scene that it describes truly; what it leaves open is drawn from `rng` (default: seed 0)."""
+    """A sentence -> a scene that it describes truly.
+
+    What it leaves open is drawn from `rng` (default: seed 0).
+    """
     rng = rng or random.Random(0)
     match = CAPTION.fullmatch(" ".join(caption.lower().split()))
     if not match:
         raise ValueError(
-            f"cannot read {caption!r} as a scene: write for example 'a red apple above a cat on a blue background'"
+            f"cannot read {caption!r} as a scene: "
+            "write for example 'a red apple above a cat on a blue background'"
         )
     things = []
     for i in range(2 if match["relation"] else 1):
@@ -386,7 +353,5 @@ def parse(caption: str, rng: random.Random | None = None) -> Scene:
             raise ValueError(f"a {name} keeps its own colours: leave out {colour!r}")
         things.append(Thing(name, colour or random_thing(rng, name).colour, 0, 0, 0))
     relation = match["relation"] if match["relation"] in RELATIONS else None
-    return Scene(
-        place(tuple(things), rng, relation),
-        match["background"] or rng.choice([*BACKGROUNDS]),
-    )
+    placed = place(tuple(things), rng, relation)
+    return Scene(placed, match["background"] or rng.choice([*BACKGROUNDS]))

@@ -1,4 +1,4 @@
-"""scenes -> losses: what VAE, CLIP and U-Net learn from. Chapter 09, book/09_training.ipynb.
+"""scenes -> losses: what VAE, CLIP and U-Net learn from. Chapter 09.
 Exported from book/09_training.ipynb by `make export`; edit it there.
 """
 
@@ -7,8 +7,10 @@ import random
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from sdlearn.attention import Attention
 from sdlearn.clip import CLIP, CLIPTextEncoder, contrastive_loss
+from sdlearn.disk import write_files
 from sdlearn.guidance import Guided
 from sdlearn.prediction import EPSILON, Prediction
 from sdlearn.samplers import SAMPLERS, Denoiser, sample
@@ -28,12 +31,13 @@ from sdlearn.tiny.scenes import (
     OBJECTS,
     SIZE,
     Scene,
+    Thing,
     random_scene,
     random_thing,
     split_of,
 )
 from sdlearn.tokenizer import Tokenizer
-from sdlearn.training import Task, save_atomically
+from sdlearn.training import Task
 from sdlearn.unet import UNet
 from sdlearn.vae import VAE, DiagonalGaussian
 
@@ -93,14 +97,15 @@ def loss_weights(
     is first turned into that of eps.
     """
     level = schedule.at(torch.arange(schedule.steps))
-    snr, one = level.ratio**-2, torch.ones_like(level.alpha)
+    snr = torch.as_tensor(level.ratio) ** -2
+    one = torch.ones_like(snr)
     in_eps = prediction.split(0 * one, one, level)[1]  # an answer off by one, in eps
     weights = in_eps**2 * (snr.clamp(max=most) + 1) / (snr + floor)
     return (weights / weights.mean()).flatten()
 
 
 class VAETask(Task):
-    """Give the picture back after squeezing it through the latents; chapter 05 explains the losses."""
+    """Give the picture back after squeezing it through the latents; chapter 05."""
 
     def __init__(self, vae: VAE, crop: int | None = None, kl: float = 3e-4):
         super().__init__()
@@ -131,9 +136,8 @@ class VAETask(Task):
         latents = self.vae.unscaled(image)
         drawn = self.vae.config.scale * self.drawn(latents, batch["noise"])
         error = self.vae.decode(drawn).float() - image
-        kl = (
-            latents.kl().float().mean() / latents.mean[0].numel()
-        )  # nats for each latent number
+        # nats for each latent number
+        kl = latents.kl().float().mean() / latents.mean[0].numel()
         squared = error.square().mean()
         losses = {
             "absolute": error.abs().mean(),
@@ -152,7 +156,7 @@ class VAETask(Task):
 
 
 def doodle(rng: random.Random) -> np.ndarray:
-    """A picture of nothing: outlined shapes in the world's colours, (128, 128, 3) uint8."""
+    """A picture of nothing: shapes in the world's colours, (128, 128, 3) uint8."""
     picture = Image.new(
         "RGB", (4 * SIZE, 4 * SIZE), rng.choice([*BACKGROUNDS.values()])
     )
@@ -178,9 +182,10 @@ def doodle(rng: random.Random) -> np.ndarray:
 
 
 class DecoderTask(VAETask):
-    """VAETask for the decoder alone: the encoder stays, so that latents keep their meaning.
+    """VAETask for the decoder alone: the encoder stays, and latents keep their meaning.
 
-    noise: latents are off by up to so many standard deviations. doodles: the share of pictures that show nothing.
+    noise: latents are off by up to so many standard deviations. doodles: the share of
+    pictures that show nothing.
     """
 
     def __init__(self, vae: VAE, noise: float = 0.2, doodles: float = 0.25):
@@ -206,32 +211,38 @@ class DecoderTask(VAETask):
 
 
 def scene_tokenizer() -> Tokenizer:
-    """The tiny model's vocabulary: learned from 5,000 captions, every word of the world is one token (chapter 01)."""
+    """The tiny model's vocabulary: every word of the world is one token.
+
+    It is learned from 5,000 captions (chapter 01).
+    """
     rng = random.Random(0)
     return Tokenizer.train(random_scene(rng).caption(rng) for _ in range(5000))
 
 
 def family(rng: random.Random) -> list[Scene]:
-    """A scene and three that differ in one thing each: hard negatives, Yuksekgonul et al. 2023, section 4."""
-    scene = random_scene(rng)
-    thing = rng.randrange(len(scene.things))
+    """A scene and three that differ in one thing each: hard negatives.
 
-    def changed(**attributes: str | None) -> Scene:
-        things = list(scene.things)
-        things[thing] = replace(things[thing], **attributes)
+    Yuksekgonul et al. 2023, section 4.
+    """
+    scene = random_scene(rng)
+    place = rng.randrange(len(scene.things))
+    thing = scene.things[place]
+
+    def changed(new: Thing) -> Scene:
+        things = (new if i == place else old for i, old in enumerate(scene.things))
         return replace(scene, things=tuple(things))
 
     other = random_thing(rng)
     another = [name for name in BACKGROUNDS if name != scene.background]
-    colours = [name for name in COLOURS if name != scene.things[thing].colour]
+    colours = [name for name in COLOURS if name != thing.colour]
     scenes = [
         scene,
         scene.mirrored()
         if len(scene.things) == 2
         else replace(scene, background=rng.choice(another)),
-        changed(name=other.name, colour=other.colour),
-        changed(colour=rng.choice(colours))
-        if scene.things[thing].colour
+        changed(replace(thing, name=other.name, colour=other.colour)),
+        changed(replace(thing, colour=rng.choice(colours)))
+        if thing.colour
         else replace(scene, background=rng.choice(another)),
     ]
     if len({x.name for x in scenes[2].things}) == len(scene.things) and {
@@ -242,7 +253,7 @@ def family(rng: random.Random) -> list[Scene]:
 
 
 class CLIPTask(Task):
-    """Find the right sentence for every picture and the right picture for every sentence; chapter 03."""
+    """Find the sentence of every picture, and the other way round; chapter 03."""
 
     def __init__(self, clip: CLIP, tokenizer: Tokenizer):
         super().__init__()
@@ -260,9 +271,8 @@ class CLIPTask(Task):
                     else scene.caption(rng)
                 )
         tokens = self.tokenizer(captions)
-        longest = (
-            int((tokens == self.tokenizer.eos).int().argmax(dim=1).max()) + 1
-        )  # what follows cannot change the end token
+        # what follows cannot change the end token
+        longest = int((tokens == self.tokenizer.eos).int().argmax(dim=1).max()) + 1
         return {
             "tokens": tokens[:, :longest],
             "image": torch.stack([to_tensor(scene.render()) for scene in scenes]),
@@ -282,7 +292,7 @@ GRID = 4  # a scene's layout: what lies in each of 4x4 places
 
 
 def layout(scene: Scene) -> Tensor:
-    """(2, 16): for each place the number of its object and of its colour, 0 for none."""
+    """(2, 16): for each place the numbers of its object and its colour, 0 for none."""
     labels = torch.zeros(2, GRID, GRID, dtype=torch.long)
     centres = (torch.arange(GRID) + 0.5) * SIZE / GRID
     for thing in scene.things:
@@ -298,16 +308,17 @@ def layout(scene: Scene) -> Tensor:
 
 
 class Places(nn.Module):
-    """context (B, S, D) -> the object, the colour (logits, (B, 16, classes)) at each place, and the background."""
+    """context (B, S, D) -> logits of objects, colours and the background.
+
+    Those of the places are (B, 16, classes).
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.places = nn.Parameter(torch.randn(GRID * GRID, width))
         self.attention, self.norm = Attention(width, heads, width), nn.LayerNorm(width)
-        self.objects, self.colours = (
-            nn.Linear(width, 1 + len(OBJECTS)),
-            nn.Linear(width, 1 + len(COLOURS)),
-        )
+        self.objects = nn.Linear(width, 1 + len(OBJECTS))
+        self.colours = nn.Linear(width, 1 + len(COLOURS))
         self.background = nn.Linear(width, len(BACKGROUNDS))
 
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -317,7 +328,10 @@ class Places(nn.Module):
 
 
 class PlacesTask(Task):
-    """Tell from the words alone what lies where. Sixteen places ask the context, as a U-Net's positions will."""
+    """Tell from the words alone what lies where.
+
+    Sixteen places ask the context, as a U-Net's positions will.
+    """
 
     def __init__(self, text_encoder: CLIPTextEncoder, tokenizer: Tokenizer):
         super().__init__()
@@ -353,10 +367,11 @@ class PlacesTask(Task):
         def surprise(layout: Tensor) -> tuple[Tensor, Tensor]:
             """The cross-entropy of objects and of colours in each scene, (B,)."""
             pairs = zip((objects, colours), layout.unbind(1), strict=True)
-            return tuple(
+            object_loss, colour_loss = (
                 F.cross_entropy(x.mT, labels, reduction="none").mean(1)
                 for x, labels in pairs
             )
+            return object_loss, colour_loss
 
         (object_loss, colour_loss), told = surprise(batch["layout"]), batch["told"]
         background_loss = F.cross_entropy(background, batch["background"])
@@ -377,7 +392,7 @@ def numbered_scene(number: int) -> Scene:
 
 @torch.no_grad()
 def encode_scenes(vae: VAE, numbers: range, batch: int = 32) -> Tensor:
-    """The latents of numbered scenes, before the scale: (N, 4, 16, 16) float16, the means."""
+    """The latents of numbered scenes, unscaled: means (N, 4, 16, 16), float16."""
     device = next(vae.parameters()).device
     chunks = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
     pictures = (
@@ -390,12 +405,15 @@ def encode_scenes(vae: VAE, numbers: range, batch: int = 32) -> Tensor:
 
 
 def latent_bank(vae: VAE, count: int, path: Path, chunk: int = 2048) -> Tensor:
-    """encode_scenes of the first `count` scenes, kept in a file that an interrupted or a larger run goes on with."""
+    """encode_scenes of the first `count` scenes, kept in a file.
+
+    An interrupted or a larger run goes on with it.
+    """
     bank = torch.load(path, weights_only=True) if path.exists() else torch.empty(0)
     while len(bank) < count:
         more = encode_scenes(vae, range(len(bank), min(len(bank) + chunk, count)))
         bank = torch.cat([bank.half(), more]) if len(bank) else more
-        save_atomically(lambda part, bank=bank: torch.save(bank, part), path)
+        write_files({path: partial(torch.save, bank)})
     return bank[:count]
 
 
@@ -408,12 +426,17 @@ PREVIEW = (
 
 
 class DenoiseTask(Task):
-    """Tell the noise in noisy latents, given the words (Ho et al. 2020, algorithm 1); one caption in ten is empty.
+    """Tell the noise in noisy latents, given the words; one caption in ten is empty.
 
-    offset: how much each channel's mean of the noise varies beyond chance. The schedule never quite reaches pure noise,
-    so the background shines through at t = 999, and would be read there instead of in the words (Lin et al. 2023,
-    section 3.1). Offset noise hides it; SDXL was trained so too (Podell et al. 2024, section 2.5).
+    Ho et al. 2020, algorithm 1.
+
+    offset: how much each channel's mean of the noise varies beyond chance. The schedule
+    never quite reaches pure noise, so the background shines through at t = 999, and
+    would be read there instead of in the words (Lin et al. 2023, section 3.1). Offset
+    noise hides it; SDXL was trained so too (Podell et al. 2024, section 2.5).
     """
+
+    weights: Tensor
 
     def __init__(
         self,
@@ -434,9 +457,8 @@ class DenoiseTask(Task):
         self.tokenizer, self.latents, self.schedule = tokenizer, latents, schedule
         self.drop, self.offset, self.prediction = drop, offset, prediction
         weights = loss_weights(schedule, prediction)
-        self.often = (
-            (1 + weights) / 2
-        )  # how often a time is drawn, 1 on average: half of them where errors count
+        # how often a time is drawn, 1 on average: half of them where errors count
+        self.often = (1 + weights) / 2
         self.chances = list(accumulate(self.often.tolist()))
         self.register_buffer("weights", weights, persistent=False)
 
@@ -473,16 +495,17 @@ class DenoiseTask(Task):
 
     def losses(self, answer: Tensor, target: Tensor, t: Tensor) -> dict[str, Tensor]:
         error = (answer - target).square().mean(dim=(1, 2, 3))
-        error = (
-            error / self.often.to(t.device)[t]
-        )  # drawn twice as often, it counts half each time
+        # drawn twice as often, it counts half each time
+        error = error / self.often.to(t.device)[t]
         return {"loss": (self.weights[t] * error).mean(), "plain": error.mean()}
 
     @torch.inference_mode()
     def preview(
         self, prompts: Sequence[str] = PREVIEW, steps: int = 25, scale: float = 5.0
     ) -> Tensor:
-        """A picture for each prompt, from the same noise every time: (B, 3, 128, 128)."""
+        """A picture for each prompt, always from the same noise: (B, 3, 128, 128)."""
+        if self.vae is None:
+            raise ValueError("a preview needs the VAE: give the task one")
         device = self.weights.device
         context, empty = (
             {"context": self.text_encoder(self.tokenizer(text).to(device))}
@@ -499,13 +522,14 @@ class DenoiseTask(Task):
 
 
 class HintedTask(DenoiseTask):
-    """DenoiseTask with a hint: the middle of the U-Net has to say what lies where (`layout`).
+    """DenoiseTask with a hint: the middle of the U-Net says what lies where.
 
-    After Yu et al. 2025, section 3, where the middle of a transformer has to say what a trained image encoder sees.
-    The layer that says it is thrown away when training ends.
+    After Yu et al. 2025, section 3, where the middle of a transformer has to say what a
+    trained image encoder sees. The layer that says it is thrown away when training
+    ends.
     """
 
-    def __init__(self, unet: UNet, *others: object, hint: float = 0.15, **more: object):
+    def __init__(self, unet: UNet, *others: Any, hint: float = 0.15, **more: Any):
         super().__init__(unet, *others, **more)
         self.hint = hint
         width = unet.config.channels[-1]
@@ -519,21 +543,20 @@ class HintedTask(DenoiseTask):
         )
         losses = super().forward(batch)
         hook.remove()
-        said = (
-            self.says(F.adaptive_avg_pool2d(seen[0], GRID)).flatten(2).float()
-        )  # (B, classes, 16)
+        # (B, classes, 16)
+        said = self.says(F.adaptive_avg_pool2d(seen[0], GRID)).flatten(2).float()
         objects, colours = said.tensor_split([1 + len(OBJECTS)], dim=1)
         truth = torch.stack(
             [layout(numbered_scene(n)) for n in batch["number"].tolist()]
         ).to(said.device)
         answers = zip((objects, colours), truth.unbind(1), strict=True)
-        surprise = sum(
+        object_loss, colour_loss = (
             F.cross_entropy(said, labels, reduction="none") for said, labels in answers
-        ).mean(dim=1)  # (B,)
+        )
+        surprise = (object_loss + colour_loss).mean(dim=1)  # (B,)
         t = batch["t"]
-        hint = (
-            self.weights[t] / self.often.to(t.device)[t] * surprise
-        ).mean()  # words are needed at strong noise
+        # words are needed at strong noise
+        hint = (self.weights[t] / self.often.to(t.device)[t] * surprise).mean()
         return losses | {
             "loss": losses["loss"] + self.hint * hint,
             "weighted": losses["loss"],
@@ -542,19 +565,22 @@ class HintedTask(DenoiseTask):
 
 
 class GuidedTask(HintedTask):
-    """HintedTask for the last steps: examples with words and without, and the error of their guided answer counts too.
+    """HintedTask for the last steps: the error of the guided answer counts, too.
 
-    Where noise is weak (t < below) all can be seen and words add nothing, so the two answers should be one; guidance by
-    `scale` multiplies whatever else they differ in. Above, it is free to exaggerate. guided: how much its error counts.
+    It needs each example with words and without.
+
+    Where noise is weak (t < below) all can be seen and words add nothing, so the two
+    answers should be one; guidance by `scale` multiplies whatever else they differ in.
+    Above, it is free to exaggerate. guided: how much its error counts.
     """
 
     def __init__(
         self,
-        *others: object,
+        *others: Any,
         scale: float = 7.5,
         below: int = 500,
         guided: float = 0.1,
-        **more: object,
+        **more: Any,
     ):
         super().__init__(*others, **{"drop": 0.0, "hint": 0.05} | more)
         self.scale, self.below, self.guided = scale, below, guided

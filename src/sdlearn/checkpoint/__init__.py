@@ -1,0 +1,1 @@
+"""Every format of Stable Diffusion 1's checkpoints <-> our models."""

@@ -1,0 +1,552 @@
+"""A checkpoint file -> names, types and shapes at once, numbers when they are asked
+for.
+
+Nothing in a file is ever run, and whatever is wrong with one is a single sentence. Only
+pickles need torch here, so the header of a .safetensors file is told at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickletools
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from sdlearn.disk import check_plain, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+SAFE = (".safetensors", ".sft")
+WANTED = "a .safetensors or .ckpt file is wanted"
+LARGEST_PICKLE = 2**26  # bytes without the tensors; that of SD 1.5 has 0.2 MB
+MOST_STEPS = 5_000_000  # of a pickle
+HEAVIEST = 10_000  # parts of a tuple, and of the tuples in it
+STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+WEIGHTS = [  # of one part of a model's folder, in the order in which we look for them
+    f"{stem}{variant}{suffix}"
+    for suffix in (".safetensors", ".bin")
+    for variant in ("", ".fp16")
+    for stem in STEMS
+]
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+WEIGHTLESS = ("tokenizer", "scheduler", "feature_extractor")
+TYPES = {  # where the header's word is not torch's without its dot
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "C64": "complex64",
+    "BOOL": "bool",
+}
+OTHERS = {  # the first bytes of a file -> what it is, what to do
+    b"version https://git-lfs": (
+        "a git-lfs pointer, a note that stands for the file",
+        "run `git lfs pull`",
+    ),
+    b"\x1f\x8b": ("packed with gzip", "unpack it"),
+    b"BZh": ("packed with bzip2", "unpack it"),
+    b"\xfd7zXZ": ("packed with xz", "unpack it"),
+    b"7z\xbc\xaf": ("packed with 7-Zip", "unpack it"),
+    b"Rar!": ("packed with RAR", "unpack it"),
+    b"\x28\xb5\x2f\xfd": ("packed with zstd", "unpack it"),
+    b"GGUF": ("a GGUF file, whose weights are quantised", "take the .safetensors file"),
+    b"\x89HDF": ("an HDF5 file, as Keras writes it", "take the .safetensors file"),
+    b"\x89PNG": ("a picture", "give the model's file"),
+    b"\xff\xd8\xff": ("a picture", "give the model's file"),
+}
+NEEDED = {  # all that a pickle of tensors names, beside torch's storages and types
+    "collections.OrderedDict",
+    "collections.Counter",
+    "torch.Size",
+    "torch.device",
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+    "torch._utils._rebuild_parameter",
+    "torch.nn.parameter.Parameter",
+    "torch.storage.UntypedStorage",
+    "builtins.set",
+    "_codecs.encode",
+}
+NUMPY = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")
+
+
+class Entry(NamedTuple):
+    """What is known of a tensor before its numbers are read: dtype as torch calls
+    it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Reader:
+    """One file, mapped anew after every twenty-fifth of it: so its pages leave
+    memory."""
+
+    def __init__(self, path: Path, opened: Callable[[], Callable[[str], torch.Tensor]]):
+        self.bytes = path.stat().st_size
+        self._opened, self._get, self._read = opened, None, 0
+
+    def __call__(self, name: str) -> torch.Tensor:
+        if self._get is None or self._read > max(self.bytes / 25, 2**22):
+            self._get = None
+            self._get, self._read = self._opened(), 0
+        tensor = self._get(name)
+        self._read += tensor.nbytes + 2**16  # the system maps pages around it, too
+        return tensor
+
+
+class Tensors(Mapping[str, "torch.Tensor"]):
+    """Tensors by name, from one file or several; the numbers are read when asked for.
+
+    entries: types and shapes. foreign: what a pickle names beside tensors. A tensor is
+    a
+    view of its file: copy it and let it go, then its pages do not stay in memory.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        form: str,
+        entries: dict[str, Entry],
+        readers: Mapping[str, Reader],
+        metadata: dict[str, str] | None = None,
+        foreign: Iterable[str] = (),
+    ):
+        self.path, self.format, self.entries = path, form, entries
+        self.metadata, self.foreign = metadata or {}, list(foreign)
+        self._readers = {name: readers[name] for name in entries}
+        self.bytes = sum(reader.bytes for reader in set(self._readers.values()))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._readers[name](name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def only(self, wanted: Callable[[str], object]) -> Tensors:
+        """Those whose name is wanted."""
+        some = {name: entry for name, entry in self.entries.items() if wanted(name)}
+        more = self._readers, self.metadata, self.foreign
+        return Tensors(self.path, self.format, some, *more)
+
+
+def clean(text: object, longest: int = 60) -> str:
+    """A name from a file, safe to print."""
+    text = "".join(c if c.isprintable() else "?" for c in str(text)[: longest + 1])
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def human(size: float) -> str:
+    """Bytes, as shops count them."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.2f} {unit}"
+        size /= 1000
+    return f"{size:,.2f} TB"
+
+
+def damaged(path: Path, why: object) -> ValueError:
+    return ValueError(
+        f"{path} is damaged, {clean(why, 150)}: download it again, or take another copy"
+    )
+
+
+def read_tensors(path: str | Path) -> Tensors:
+    """The tensors of a .safetensors file, or of a pickle (.ckpt, .bin, .pt, .pth)."""
+    path = Path(path)
+    size = check_plain(path).st_size
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): copy it to where you may read "
+            "it"
+        ) from None
+    tensors = read_as(form_of(path, head), path)
+    if not tensors:
+        raise ValueError(
+            f"{path} holds no tensors, but named weights are wanted: take another file"
+        )
+    for name, entry in tensors.entries.items():
+        if math.prod(entry.shape) > size * 2:  # at least 4 bits a number
+            raise damaged(path, f"{clean(name)} is larger than the whole file")
+    return tensors
+
+
+def form_of(path: Path, head: bytes) -> str:
+    """How a file is to be read: its first bytes tell, not its name."""
+    safe_name = path.suffix.lower() in SAFE
+    if not head:
+        raise ValueError(f"{path} is empty, but {WANTED}: download it again")
+    if head[5:8] == b"\0\0\0" and (safe_name or head[8:9] == b"{"):
+        if not safe_name:
+            raise ValueError(
+                f"{path} holds .safetensors under another name: rename it, so that its "
+                "name ends so"
+            )
+        return ".safetensors"
+    for magic, (what, advice) in OTHERS.items():
+        if head.startswith(magic):
+            raise ValueError(f"{path} is {what}, but {WANTED}: {advice}")
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        if safe_name:
+            raise ValueError(
+                f"{path} holds a pickle (.ckpt) under another name: rename it, so that "
+                "it "
+                "ends in .ckpt"
+            )
+        return ".ckpt" if head[:2] == b"PK" else ".ckpt (old)"
+    text = all(32 <= byte < 127 or byte in b"\t\n\r" for byte in head[:64])
+    if text and head.lstrip().startswith(b"<"):
+        raise ValueError(
+            f"{path} is a web page, but {WANTED}: download the file itself, not the "
+            "page "
+            "about it"
+        )
+    if text:
+        raise ValueError(f"{path} is text, but {WANTED}: give the model's file")
+    if safe_name:
+        return ".safetensors"
+    raise ValueError(
+        f"{path} is no checkpoint, or is damaged from its first byte on, but {WANTED}: "
+        "download it again"
+    )
+
+
+def read_as(form: str, path: Path) -> Tensors:
+    """The tensors of a file whose form is known; the library's complaint as a
+    sentence."""
+    if form != ".safetensors":
+        return read_pickle(path, form)
+    try:
+        with safe_open(path, "np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            entries = {
+                name: Entry(type_of(x.get_dtype()), tuple(x.get_shape()))
+                for name, x in slices.items()
+            }
+            metadata = file.metadata()
+    except (SafetensorError, OSError, ValueError) as error:
+        why = str(error).removeprefix("Error while deserializing header: ")
+        raise damaged(path, why) from None
+    reader = Reader(path, lambda: safe_open(path, "pt").get_tensor)
+    return Tensors(path, form, entries, dict.fromkeys(entries, reader), metadata)
+
+
+def type_of(word: str) -> str:
+    """A header's word for a type -> torch's: I64 -> int64."""
+    return TYPES.get(word) or word.replace("I", "int").replace("U", "uint").lower()
+
+
+def read_pickle(path: Path, form: str) -> Tensors:
+    """A .ckpt: read by torch, which builds tensors and calls nothing of the file's
+    choice.
+
+    What else a pickle names is replaced by something that takes everything and does
+    nothing, so that a file is described even where it is not to be trusted.
+    """
+    import torch
+
+    named, called = check_zip(path) if form == ".ckpt" else check_pickles(path)
+    kinds = [str(x)[6:] for x in vars(torch).values() if type(x) is torch.dtype]
+    kinds += [name for name in vars(torch) if name.endswith("Storage")]
+    foreign = sorted(named - NEEDED - {f"torch.{kind}" for kind in kinds})
+    if acts := [name for name in foreign if name in called and name not in NUMPY]:
+        raise acting(path, acts[0])
+    ignore = {"__init__": lambda *_, **__: None, "__setstate__": lambda *_: None}
+    inert = [(type("Inert", (), dict(ignore)), name) for name in foreign]
+
+    def content() -> dict[str, torch.Tensor]:
+        with torch.serialization.safe_globals(inert):
+            found = torch.load(path, "cpu", weights_only=True, mmap=form == ".ckpt")
+        return dict(flat(found, path))
+
+    try:
+        tensors = content()
+    except Exception as error:  # a pickle is a program: it can fail in any way
+        if str(error).startswith(str(path)) or "memory" in str(error):
+            raise
+        why = str(error).split("\n")[0] or type(error).__name__
+        if isinstance(error, UnpicklingError):
+            why = "it does what no table of tensors needs"
+        raise damaged(path, f"its pickle cannot be read ({why})") from None
+    entries = {
+        name: Entry(str(x.dtype).removeprefix("torch."), tuple(x.shape))
+        for name, x in tensors.items()
+    }
+    if form == ".ckpt":
+        tensors = None  # it is mapped again; the others lie in memory already
+    reader = Reader(path, lambda: (content() if tensors is None else tensors).get)
+    return Tensors(path, form, entries, dict.fromkeys(entries, reader), None, foreign)
+
+
+def acting(path: Path, name: str) -> ValueError:
+    return ValueError(
+        f"{path} is a pickle that runs code when it is opened (it calls "
+        f"{clean(name)}); "
+        "nothing of it was run: do not use it, take the .safetensors file"
+    )
+
+
+def flat(content: object, path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a pickle's content, also those in tables within the table."""
+    import torch
+
+    for _ in range(9):  # a table may even hold itself
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, but named tensors are wanted: "
+            "take another file"
+        )
+    tables, seen = [("", content)], {id(content)}
+    while tables and len(seen) < 1000:
+        prefix, table = tables.pop(0)
+        for key, value in table.items():
+            if isinstance(value, torch.Tensor) and isinstance(key, str | int):
+                yield f"{prefix}{key}", value
+            elif isinstance(value, dict) and id(value) not in seen:
+                seen.add(id(value))
+                tables.append((f"{prefix}{key}.", value))
+
+
+def check_zip(path: Path) -> tuple[set[str], set[str]]:
+    """What the pickle in a zip names and calls; torch writes one pickle and a file a
+    storage."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = {entry.filename: entry for entry in archive.infolist()}
+            pickles = [
+                n for n in entries if n.count("/") == 1 and n.endswith("/data.pkl")
+            ]
+            if len(pickles) != 1:
+                raise ValueError(
+                    f"{path} is a zip archive, but holds no checkpoint: unpack it and "
+                    "give "
+                    "what is in it"
+                )
+            if pickles[0].replace("data.pkl", "constants.pkl") in entries:
+                raise ValueError(
+                    f"{path} holds a program (TorchScript), but {WANTED}: take the "
+                    "weights "
+                    "alone"
+                )
+            size = sum(entry.file_size for entry in entries.values())
+            if size > 2 * path.stat().st_size + LARGEST_PICKLE:
+                raise ValueError(
+                    f"{path} unfolds to {human(size)} (a zip bomb?): do not use it, "
+                    "take "
+                    "another copy"
+                )
+            if any(x.compress_type != zipfile.ZIP_STORED for x in entries.values()):
+                raise ValueError(
+                    f"{path} was packed a second time, after torch wrote it: take "
+                    "another "
+                    "copy"
+                )
+            if entries[pickles[0]].file_size > LARGEST_PICKLE:
+                raise damaged(path, "its table of tensors is absurdly long")
+            with archive.open(pickles[0]) as file:
+                return check_steps(path, file)
+    except Exception as error:  # damaged bytes fail in many ways
+        if str(error).startswith(str(path)):
+            raise
+        raise damaged(path, f"or cut off ({error})") from None
+
+
+def check_pickles(path: Path) -> tuple[set[str], set[str]]:
+    """The same of a file from before 2020: five pickles, then the storages."""
+    with path.open("rb") as file:
+        named, called = check_steps(path, file)
+        alone = file.tell() > 20  # the first is a number; else torch did not write it
+        for _ in range(0 if alone else 4):
+            more = check_steps(path, file)
+            named, called = named | more[0], called | more[1]
+    return named, called
+
+
+def check_steps(path: Path, file: BinaryIO) -> tuple[set[str], set[str]]:
+    """All that a pickle names, and what of it it calls; told from its steps, none of
+    which is taken: pickletools knows what each takes from the stack and leaves there.
+
+    Tuples of tuples of tuples take for ever to hash, so each is weighed.
+    """
+    named, called, stack, memo = set(), set(), [], {}
+    mark, full = pickletools.markobject, lambda words: ".".join(map(str, words))
+    try:
+        for count, (step, argument, place) in enumerate(pickletools.genops(file)):
+            if count > MOST_STEPS or (place or 0) > LARGEST_PICKLE:
+                raise damaged(path, "its pickle never ends")
+            if "PUT" in step.name or step.name == "MEMOIZE":
+                memo[len(memo) if argument is None else argument] = stack[-1]
+                continue
+            if "GET" in step.name:
+                stack.append(memo[argument])
+                continue
+            taken, wanted = [], list(step.stack_before)
+            if mark in wanted:
+                while (top := stack.pop()) is not mark:
+                    taken.insert(0, top)
+                wanted = wanted[: wanted.index(mark)]
+            taken = [stack.pop() for _ in wanted][::-1] + taken
+            left = argument if isinstance(argument, str) else 1
+            if step.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
+                words = full(taken) if argument is None else argument.replace(" ", ".")
+                left = words.replace("__builtin__.", "builtins.")
+                named.add(left)
+            if step.name in ("REDUCE", "INST", "OBJ") or "NEWOBJ" in step.name:
+                called.add(str(taken[0] if taken and step.name != "INST" else left))
+            if step.name.startswith("TUPLE"):
+                left = 1 + sum(x if type(x) is int else 1 for x in taken)
+                if left > HEAVIEST:
+                    raise damaged(path, "its pickle holds a tuple without end")
+            stack += [mark if x is mark else left for x in step.stack_after]
+    except Exception as error:  # damaged bytes fail in many ways
+        if acts := sorted(called & named - NEEDED):
+            raise acting(path, acts[0]) from None
+        if str(error).startswith(str(path)):
+            raise
+        raise damaged(path, f"its pickle cannot be read ({error})") from None
+    return named, called
+
+
+def read_weights(folder: str | Path) -> Tensors:
+    """The tensors of one part of a model's folder, in one file or in several (sharded).
+
+    A .safetensors file is taken before a .bin, a plain one before its fp16 variant.
+    """
+    folder = Path(folder)
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return read_tensors(folder / name)
+        if (index := folder / f"{name}.index.json").is_file():
+            return read_shards(index)
+    raise ValueError(
+        f"{folder} holds no weights, but a .safetensors file is wanted: copy it again"
+    )
+
+
+def read_shards(index: Path) -> Tensors:
+    """Weights cut into several files; the index says which tensor lies where."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise damaged(index, "it has no weight_map")
+    files = {}
+    for name, file in places.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise damaged(index, f"it says {clean(file)} for {clean(name)}")
+        files.setdefault(file, None)
+    files = {file: read_tensors(index.parent / file) for file in files}
+    for name, file in places.items():
+        if name not in files[file]:
+            raise damaged(index.parent / file, f"it lacks the tensor {clean(name)}")
+    first = next(iter(files.values()))
+    entries = {name: files[file].entries[name] for name, file in places.items()}
+    readers = {name: files[file]._readers[name] for name, file in places.items()}
+    foreign = [name for file in files.values() for name in file.foreign]
+    return Tensors(index, first.format, entries, readers, first.metadata, foreign)
+
+
+def read_index(folder: Path) -> dict:
+    """`model_index.json`, which says what a folder in diffusers' layout holds."""
+    if (folder / "model_index.json").exists():
+        return read_json(folder / "model_index.json")
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be read ({error.strerror}): copy it to where you may "
+            "read it"
+        ) from None
+    files = [name for name in names if name.lower().endswith((".safetensors", ".ckpt"))]
+    advice = "give the folder of a model, or a file"
+    advice = f"give one of its files, such as {files[0]}" if files else advice
+    raise ValueError(f"{folder} is no model, for it has no model_index.json: {advice}")
+
+
+def find_parts(folder: Path, index: dict) -> list[str]:
+    """The subfolders with weights. Those that the index names are there, but for
+    some."""
+    pairs = {
+        name: x for name, x in index.items() if isinstance(x, list) and len(x) == 2
+    }
+    named = [name for name, pair in pairs.items() if None not in pair]
+    if str(index.get("_class_name")).startswith("StableDiffusion"):
+        named += [name for name in PARTS if name not in named]
+    for name in named:
+        there = (folder / name).is_dir() or name in OPTIONAL
+        if not name.isidentifier() or not there:
+            raise ValueError(
+                f"{folder} has no folder {clean(name)}, but its model_index.json wants "
+                "one: "
+                "copy it again"
+            )
+    named += [name for name in ("clip", "judge") if name not in named]  # our own
+    found = [n for n in named if (folder / n).is_dir() and not n.startswith(WEIGHTLESS)]
+    if not found:
+        raise ValueError(
+            f"{folder} has no part with weights, but unet, vae and text_encoder are "
+            "wanted: copy it again"
+        )
+    return found
+
+
+def text_writer(text: str) -> Callable[[Path], object]:
+    """A text file, for `sdlearn.disk.write_files`."""
+    return lambda path: path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def json_writer(content: dict) -> Callable[[Path], object]:
+    """A JSON file, for `sdlearn.disk.write_files`."""
+    return text_writer(json.dumps(content, indent=2) + "\n")
+
+
+def tensor_writer(
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
+    pickled: bool = False,
+) -> Callable[[Path], object]:
+    """A .safetensors file, or a pickle (.ckpt); dtype None keeps what the tensors
+    have."""
+
+    def write(path: Path) -> None:
+        import torch
+        from safetensors.torch import save_file
+
+        ready = {
+            name: tensor.detach().to("cpu", dtype).contiguous()
+            for name, tensor in tensors.items()
+        }
+        need = sum(tensor.nbytes for tensor in ready.values())
+        if need > (free := shutil.disk_usage(path.parent).free):
+            raise ValueError(
+                f"{path.parent} has {human(free)} free, but {human(need)} are to be "
+                "written: make room"
+            )
+        if pickled:
+            torch.save({"state_dict": ready}, path)
+        else:
+            save_file(ready, path, metadata={"format": "pt"})
+
+    return write

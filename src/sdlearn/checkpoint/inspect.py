@@ -1,0 +1,306 @@
+"""A checkpoint file or folder -> what it is, and whether sdlearn draws with it.
+
+What it is follows from names and shapes, without torch, so the answer comes at once.
+Whether it draws is what `sdlearn.checkpoint.load.plan` says: the loader asks the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from shlex import quote
+from typing import NamedTuple
+
+from sdlearn.checkpoint.dialects import called, recognise, variant, why_ignored
+from sdlearn.checkpoint.files import (
+    WEIGHTS,
+    Entry,
+    Tensors,
+    clean,
+    find_parts,
+    human,
+    read_index,
+    read_tensors,
+    read_weights,
+)
+from sdlearn.disk import read_json
+
+WHOLE = {
+    "SD 1": "Stable Diffusion 1.x",
+    "SD 2": "Stable Diffusion 2.x",
+    "SDXL": "Stable Diffusion XL (base)",
+    "SD 3": "Stable Diffusion 3",
+    "FLUX": "FLUX",
+}
+SEVERAL = ("LoRA", "IP-Adapter", "VAE", "U-Net, LDM")  # kinds that have parts, too
+PARTS = {  # of files that have several -> how the names of their tensors begin
+    "transformer": r"model\.diffusion_model\.(joint|double|single)_",
+    "U-Net": r"model\.diffusion_model\.|lora_unet_|unet\."
+    r"|(base_model\.model\.)?(down|mid|up)_blocks?\.",
+    "VAE": r"first_stage_model\.|vae\.",
+    "text encoder": r"cond_stage_model\.|conditioner\.embedders\.0\.|lora_te1?_"
+    r"|text_encoder\.|text_encoders\.",
+    "text encoder 2": r"conditioner\.embedders\.1\.|lora_te2_|text_encoder_2\.",
+    "encoder": r"encoder\.|quant_conv\.",
+    "decoder": r"decoder\.|post_quant_conv\.",
+    "image projection": r"image_proj\.",
+    "attention": r"ip_adapter\.",
+    "EMA copies": r"model_ema\.(diffusion_)?model",
+}
+ASIDE = "left aside"  # what nobody needs for drawing
+CONTEXT = re.compile(  # the context's projections to keys; LoRAs have their own
+    r"(attn2[._](processor\.)?to_k(_lora)?|to_k_ip)\.((lora[._])?(down|A)\.(default\.)?)?"
+    r"weight$|attn2_to_k\.hada_w1_b$"
+)
+WIDTHS = {
+    768: "SD 1",
+    1024: "SD 2",
+    1280: "SDXL refiner",
+    2048: "SDXL",
+}  # of the context
+
+
+class Part(NamedTuple):
+    name: str
+    tensors: int
+    parameters: int
+    precision: str
+
+
+@dataclass
+class Report:
+    """can: the command that uses it, or nothing; but: what cannot be done, and why."""
+
+    path: str
+    kind: str
+    description: str
+    format: str
+    bytes: int
+    parts: list[Part]
+    metadata: dict[str, str] = field(default_factory=dict)
+    can: str = ""
+    but: list[str] = field(default_factory=list)
+
+
+def inspect(path: str | Path) -> Report:
+    """What a file or folder is. Raises ValueError, one sentence, if it is damaged."""
+    path = Path(path)
+    if not path.exists() and not path.is_symlink():
+        raise ValueError(
+            f"there is nothing at {path}: give a .safetensors or .ckpt file, or a "
+            "folder"
+        )
+    if not path.is_dir():
+        return inspect_file(path, read_tensors(path))
+    if not (path / "model_index.json").exists() and has_weights(path):
+        return inspect_file(path, read_weights(path))
+    return inspect_folder(path)
+
+
+def has_weights(folder: Path) -> bool:
+    """Is it one part of a model's folder?"""
+    names = [name for file in WEIGHTS for name in (file, f"{file}.index.json")]
+    return any((folder / name).is_file() for name in names)
+
+
+def judged(report: Report, whole: bool) -> Report:
+    """Add whether it can be drawn with; what is no whole SD 1 needs no closer look."""
+    try:
+        if not whole:
+            raise ValueError(
+                f"{report.path} is {called(report.kind)}, but a whole SD 1 checkpoint "
+                "is "
+                "wanted"
+            )
+        from sdlearn.checkpoint.load import plan
+
+        plan(report.path)
+        report.can = f'sdlearn txt2img "..." --model {quote(report.path)}'
+    except ValueError as error:
+        report.but.append(str(error))
+    return report
+
+
+def inspect_file(path: Path, tensors: Tensors) -> Report:
+    """A file, or the weights in a folder of their own."""
+    entries, kind = tensors.entries, recognise(tensors)
+    if kind == "unknown" and len(entries) == 1:
+        shape = next(iter(entries.values())).shape
+        kind = "textual inversion" if shape and shape[-1] in WIDTHS else kind
+    report = Report(
+        str(path),
+        kind,
+        describe(kind, entries, tensors.metadata),
+        tensors.format,
+        tensors.bytes,
+        count(entries, kind),
+        tensors.metadata,
+    )
+    judged(report, bool(tensors.foreign) or kind == "SD 1" and not path.is_dir())
+    if any(part.name == "EMA copies" for part in report.parts):
+        report.but.append("the EMA copies are left aside, the plain weights are used")
+    return report
+
+
+def precision(entries: Iterable[Entry]) -> str:
+    """The types of the numbers, the most frequent first; whole ones if there is nothing
+    else."""
+    found = Counter(x.dtype for x in entries)
+    names = sorted(found, key=lambda name: (-found[name], name))
+    return ", ".join([name for name in names if "float" in name] or names)
+
+
+def part_of(name: str, kind: str) -> str:
+    """The part that a tensor belongs to; only some kinds have several."""
+    averaged, alone = name.startswith("model_ema."), kind.partition(",")[0]
+    if not averaged and why_ignored(name):
+        return ASIDE
+    if kind not in WHOLE and not kind.startswith(SEVERAL):
+        return alone
+    found = (part for part, sign in PARTS.items() if re.match(sign, name))
+    return next(found, ASIDE if averaged else "others" if "SD" in kind else alone)
+
+
+def count(entries: Mapping[str, Entry], kind: str) -> list[Part]:
+    """The parts of a file."""
+    groups: dict[str, list[Entry]] = {}
+    for name, entry in entries.items():
+        groups.setdefault(part_of(name, kind), []).append(entry)
+    order = [*PARTS, kind.partition(",")[0], "others", ASIDE]
+    return [
+        Part(name, len(x), sum(math.prod(y.shape) for y in x), precision(x))
+        for name, x in sorted(groups.items(), key=lambda item: order.index(item[0]))
+    ]
+
+
+def family_of(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> str:
+    """The model that something belongs to: the context's width, or its maker's word."""
+    for name, entry in entries.items():
+        if CONTEXT.search(name) and len(entry.shape) > 1:
+            return WIDTHS.get(entry.shape[1], "")
+    for sign, family in {
+        r"lora_te2_|text_encoder_2|clip_g": "SDXL",
+        r"(lora_unet_|transformer\.)(single|double)_": "FLUX",
+    }.items():
+        if any(re.match(sign, name) for name in entries):
+            return family
+    keys = ("modelspec.architecture", "ss_base_model_version")
+    said = " ".join(metadata.get(key, "") for key in keys).lower()
+    known = {"xl": "SDXL", "v2": "SD 2", "v1": "SD 1", "flux": "FLUX"}
+    return next((family for word, family in known.items() if word in said), "")
+
+
+def describe(kind: str, entries: Mapping[str, Entry], metadata: Mapping) -> str:
+    """A file's kind in words."""
+    family, word = family_of(entries, metadata), kind.partition(", ")[0]
+    names = kind.partition(", ")[2]
+    of = f" for {family}" if family else ""
+    special = special_of(entries)
+    if kind in WHOLE:
+        said = metadata.get("modelspec.prediction_type")
+        said = f" ({clean(said or 'base or v: its tensors do not say')})"
+        refiner = family == "SDXL refiner"
+        what = "Stable Diffusion XL (refiner)" if refiner else WHOLE[kind]
+        return f"{what}{said * (kind == 'SD 2')}{special}, in one file, LDM names"
+    if word == "U-Net":
+        return f"U-Net alone{of}{special}, {names}"
+    if word == "VAE":
+        first = [
+            x.shape[:2] for n, x in entries.items() if n.endswith("r.conv_in.weight")
+        ]
+        usual = " for SD 1, SD 2 or SDXL (their shapes are the same)"
+        return f"VAE alone{usual * ((512, 4) in first)}, {names}"
+    if kind == "LoRA":
+        return f"LoRA{of}, {lora(entries)}"
+    if kind == "textual inversion":
+        shapes = [
+            x.shape for n, x in entries.items() if x.shape and "_to_token" not in n
+        ]
+        *many, width = next(iter(shapes), (0, 0))
+        family = "SDXL" if "clip_g" in entries else WIDTHS.get(width)
+        of = f" for {family}" if family else ""
+        return f"textual inversion{of}, vectors: {math.prod(many)}"
+    if kind == "unknown":
+        return "unknown: its tensors have the names of no model that sdlearn knows"
+    return f"{word}{of}" + (f", {names}" if names else "")
+
+
+def special_of(entries: Mapping[str, Entry]) -> str:
+    """What a U-Net is made for, as an addition to a description."""
+    short = {"an upscaler": "upscaler", "latent consistency (LCM)": "LCM"}
+    special = variant(entries)
+    return f", {short.get(special, special)}" if special else ""
+
+
+def lora(entries: Mapping[str, Entry]) -> str:
+    """A LoRA's ranks, and who wrote it."""
+    down = re.compile(r"lora[._](down|A)\.")
+    ranks = [x.shape[0] for name, x in entries.items() if down.search(name) and x.shape]
+    ends = sorted({min(ranks), max(ranks)}) if ranks else ["unknown"]
+    kohya = any(name.startswith("lora_") for name in entries)
+    return (
+        f"of rank {' to '.join(map(str, ends))} in {len(ranks)} layers, "
+        f"{'kohya' if kohya else 'diffusers'} names"
+    )
+
+
+def inspect_folder(folder: Path) -> Report:
+    """A model in diffusers' layout."""
+    index = read_index(folder)
+    weights = {name: read_weights(folder / name) for name in find_parts(folder, index)}
+    parts = []
+    for name, tensors in weights.items():
+        for part in count(tensors.entries, "text encoder"):  # a kind without parts
+            aside = f"{name}, {ASIDE}" if part.name == ASIDE else name
+            parts.append(part._replace(name=aside))
+    kind = clean(index.get("_class_name"))
+    unet = weights["unet"].entries if "unet" in weights else {}
+    family = family_of(unet, {})
+    what = WHOLE.get(family, kind)
+    if family == "SD 2":
+        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        what += f" ({clean(scheduler.get('prediction_type', 'epsilon'))})"
+    elif not family and kind == "StableDiffusionPipeline":
+        ours = (folder / "judge").is_dir()
+        what = "the course's own tiny model" if ours else ""
+        what = what or "a Stable Diffusion of its own sizes"
+    fp16 = all(".fp16." in tensors.path.name for tensors in weights.values())
+    form = "diffusers folder" + (", fp16 variant" if fp16 else "")
+    size = sum(tensors.bytes for tensors in weights.values())
+    words = f"{what}{special_of(unet)}, {form}"
+    return judged(Report(str(folder), kind, words, form, size, parts), True)
+
+
+def to_text(report: Report) -> str:
+    """A few aligned lines."""
+    metadata = sorted(report.metadata.items())
+    shown = [(clean(key, 30), clean(value)) for key, value in metadata]
+    lines = [
+        ("path", report.path),
+        ("is", report.description),
+        ("size", f"{human(report.bytes)}, {report.format}"),
+    ]
+    lines += [("metadata", f"{key}: {value}") for key, value in shown[:6]]
+    if shown[6:]:
+        more = len(shown) - 6
+        lines.append(("metadata", f"and {more} more entries; --json shows all"))
+    lines.append(("draw", report.can or "no"))
+    lines += [("but" if report.can else "because", reason) for reason in report.but]
+    width = max(len(part.name) for part in report.parts)
+    table = [
+        f"  {x.name:<{width}} {x.tensors:>7} {x.parameters:>14,}  {x.precision}"
+        for x in report.parts
+    ]
+    head = f"  {'part':<{width}} tensors     parameters  precision"
+    return "\n".join([f"{key:<9} {value}" for key, value in lines] + [head, *table])
+
+
+def to_json(report: Report) -> str:
+    """The same for programs."""
+    parts = [part._asdict() for part in report.parts]
+    return json.dumps(asdict(report) | {"parts": parts}, indent=2)

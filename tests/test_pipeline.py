@@ -229,3 +229,11 @@ def test_save_and_load(sd, tmp_path):
     again = StableDiffusion.load(tmp_path / "SD v1.5", device="cpu")
     assert again.name == "SD v1.5" and again.size == (32, 32) and again.dtype == torch.float32
     assert far(again.txt2img("a cat", **FAST, seed=1)[0], sd.txt2img("a cat", **FAST, seed=1)[0]) == 0
+
+
+def test_a_part_is_exchanged_by_its_name():
+    parts = {"unet": 1}
+    sd = StableDiffusion.__new__(StableDiffusion)
+    sd.parts = parts
+    sd.unet = 2
+    assert sd.parts["unet"] == sd.unet == 2 and "unet" not in vars(sd)

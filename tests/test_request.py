@@ -17,7 +17,7 @@ LATENTS = torch.zeros(1, 4, 4, 4)
 
 def test_every_field_is_checked_and_can_be_set():
     fields = {field.name for field in dataclasses.fields(Request)}
-    assert CHECKS.keys() | {"seed"} == fields == Settings.__annotations__.keys() | {"prompt"}
+    assert CHECKS.keys() | {"seed"} == fields == Settings.__annotations__.keys() | {"prompt", "image"}
 
 
 def test_numpy_numbers_are_numbers():

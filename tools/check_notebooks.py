@@ -27,7 +27,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|work|tmp|mnt|opt|usr|var|private)/[\w.~-]+|\b[A-Z]:\\{1,2}Users\b")
 ADDRESS = re.compile(r"\b0x[0-9a-f]{8,}\b")
 PICTURE = re.compile(r"base64,[A-Za-z0-9+/=\s]+")
-LINES = {"exported": 90, "folded": 90, "open": 30}  # about 25 is what one takes in at once; drawings are folded
+LINES = {"exported": 100, "folded": 90, "open": 30}  # about 25 is what one takes in at once; drawings are folded
 BYTES = 1_000_000
 
 

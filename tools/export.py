@@ -4,7 +4,7 @@
     python tools/export.py book/05_vae.ipynb    write only the modules that this notebook feeds
     python tools/export.py --check              write nothing; exit 1 and name the modules that differ
 
-A long class may be told in pieces: `class X(X):` adds methods to the class X of an earlier cell; the module gets one class.
+A long class may be told in pieces: `class X(X):` adds methods to the class X of an earlier cell of the notebook.
 
 The words are nbdev's: `#| default_exp vae` names the notebook's module, `#| export` sends a cell there,
 `#| export blocks` sends it to another module. The first string of a module's first cell is its docstring.

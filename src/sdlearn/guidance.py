@@ -105,6 +105,7 @@ class Guided:
         self.passes: list[Conditioning] = []
         if scale > 1:
             check_negative(cond, uncond)
+            assert uncond is not None  # check_negative says so
             uncond = {name: x.expand_as(cond[name]) for name, x in uncond.items()}
             both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
             self.passes = [uncond, cond] if two_passes else [both]
@@ -126,4 +127,4 @@ class Guided:
     def works_at(self, t: float | Tensor) -> bool:
         """Is t among the times of guidance?"""
         first, end = self.times
-        return self.times == (0, 1000) or first <= torch.as_tensor(t).max() < end
+        return self.times == (0, 1000) or bool(first <= torch.as_tensor(t).max() < end)

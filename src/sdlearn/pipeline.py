@@ -111,7 +111,7 @@ class Drawing(NamedTuple):
     """The pictures after one step: latents as they are now, and x0, what the network
     guessed before the step that they will become. total: the number of steps."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # tuples have a method of this name
     t: float
     latents: Tensor
     x0: Tensor
@@ -158,21 +158,29 @@ class StableDiffusion:
         self.dtype = dtype or default_dtype(self.device)
         home = torch.device("cpu") if offload else self.device
         for network in self.networks().values():
-            network.to(home, self.dtype, memory_format=torch.channels_last).eval()
+            network.to(home, self.dtype).eval()
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.factor = 2 ** (len(self.vae.config.channels) - 1)  # pixels a latent
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         """The parts by their names: `sd.unet`."""
         parts = self.__dict__.get("parts", {})
         if name not in parts:
             raise AttributeError(f"{type(self).__name__} has no {name}")
         return parts[name]
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """`sd.unet = other` exchanges the part."""
+        if name in self.__dict__.get("parts", {}):
+            self.parts[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def networks(self) -> dict[str, nn.Module]:
         """Those of the parts that compute."""
         return {k: p for k, p in self.parts.items() if isinstance(p, nn.Module)}
 
-    def use(self, name: str) -> nn.Module:
+    def use(self, name: str) -> Any:
         """A network, on the device; with offload the others leave it first."""
         network = self.parts[name]
         if self.offload:
@@ -257,10 +265,13 @@ class StableDiffusion:
         return (Drawing(*step, len(levels) - 1, self.decode) for step in walk)
 
     def steps(
-        self, prompt: str | Sequence[str], **settings: Unpack[Settings]
+        self,
+        prompt: str | Sequence[str],
+        image: Image.Image | str | Path | None = None,
+        **settings: Unpack[Settings],
     ) -> Iterator[Drawing]:
         """As txt2img, or as img2img if there is an image, but a `Drawing` a step."""
-        return self.draw(Request(prompt, **settings))
+        return self.draw(Request(prompt, image=image, **settings))
 
     def txt2img(
         self, prompt: str | Sequence[str], **settings: Unpack[Settings]

@@ -205,14 +205,14 @@ class Request:
 
     prompt: str | Sequence[str]
     negative_prompt: str | Sequence[str] = ""
-    image: Image.Image | str | Path | None = None
+    image: Any = None  # checked, it is a PIL picture
     strength: float = 0.8
     steps: int = 50
     cfg_scale: float = 7.5
     sampler: str = "ddpm"
     spacing: str | None = None
     eta: float | None = None
-    seed: int | Sequence[int] | None = None
+    seed: Any = None  # checked, it is a tuple, one for each picture
     width: int | None = None
     height: int | None = None
     n: int = 1
@@ -222,7 +222,7 @@ class Request:
     guided_times: tuple[int, int] = (0, 1000)
     two_passes: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         fields = {k: check(k, getattr(self, k)) for k, check in CHECKS.items()}
         prompts, negatives = len(fields["prompt"]), len(fields["negative_prompt"])
         fields["seed"] = one_seed_each(self.seed, prompts * fields["n"])
@@ -270,7 +270,6 @@ class Settings(TypedDict, total=False):
     """The fields of a `Request` beside its prompt, as keyword arguments."""
 
     negative_prompt: str | Sequence[str]
-    image: Image.Image | str | Path | None
     strength: float
     steps: int
     cfg_scale: float

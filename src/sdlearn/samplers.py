@@ -30,6 +30,7 @@ __all__ = [
     "SAMPLERS",
     "find_sampler",
     "check_eta",
+    "Dice",
     "draw_noise",
     "Noise",
     "Step",
@@ -44,6 +45,7 @@ __all__ = [
     "dpmpp_2m",
     "dpmpp_3m",
     "shares",
+    "weighted",
     "lms",
     "deis",
     "ADAMS",
@@ -164,9 +166,12 @@ def check_eta(sampler: Sampler, eta: float | None) -> float:
     return float(eta)
 
 
+Dice = torch.Generator | Sequence[torch.Generator] | None
+
+
 def draw_noise(
     shape: Sequence[int],
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    generator: Dice = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -191,7 +196,7 @@ class Noise:
     """The dice of one step. A second look on the way and the step itself see parts of
     one random path, as a Brownian motion would have it."""
 
-    def __init__(self, like: Tensor, generator):
+    def __init__(self, like: Tensor, generator: Dice):
         self.like, self.generator = like, generator
         self.before: tuple[float, Tensor] | None = None
 
@@ -210,7 +215,7 @@ class Step(NamedTuple):
     """What `sample` shows after each step: its index, the time that it left, the
     latents where it arrived, and x0 as it was guessed at t."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # tuples have a method of this name
     t: float
     latents: Tensor
     x0: Tensor
@@ -227,7 +232,7 @@ def walk(
     xt: Tensor,
     levels: Sequence[Level],
     sampler: Sampler,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
+    generator: Dice,
     eta: float,
 ) -> Iterator[Step]:
     """`sample`, after its checks."""
@@ -238,7 +243,9 @@ def walk(
         if sampler.correct:
             past[0] = seen._replace(xt=sampler.correct(past))
 
-        def look(x0: Tensor, leg: Leg, here=past[0], noise=noise) -> Point:
+        def look(
+            x0: Tensor, leg: Leg, here: Point = past[0], noise: Noise = noise
+        ) -> Point:
             level = denoise.schedule.at_ratio(leg.end)
             there = go(here, x0, leg, level, noise)
             return Point(level, there, denoise(there, level))
@@ -254,7 +261,7 @@ def sample(
     latents: Tensor,
     levels: Sequence[Level],
     sampler: str | Sampler = "ddpm",
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    generator: Dice = None,
     eta: float | None = None,
 ) -> Iterator[Step]:
     """Walk latents (B,...) down the levels; yields a `Step` after each.
@@ -367,11 +374,17 @@ def shares(
     return found
 
 
+def weighted(parts: Sequence[float], tensors: list[Tensor]) -> Tensor:
+    """Their sum, each times its part."""
+    first, *rest = (part * x for part, x in zip(parts, tensors, strict=True))
+    return sum(rest, first)
+
+
 def lms(past: list[Point], leg: Leg, look: Look) -> Tensor:
     """The mean over the leg of the cubic through the last four eps: Adams-Bashforth
     for uneven steps, as in k-diffusion."""
     parts = shares([point.level.ratio for point in past], leg)
-    return past[0].aim(sum(w * p.eps for w, p in zip(parts, past, strict=True)))
+    return past[0].aim(weighted(parts, [point.eps for point in past]))
 
 
 def deis(past: list[Point], leg: Leg, look: Look) -> Tensor:
@@ -379,7 +392,7 @@ def deis(past: list[Point], leg: Leg, look: Look) -> Tensor:
     if leg.end == 0:
         return past[0].x0
     parts = shares([point.level.ratio for point in past[:3]], leg, by=np.log)
-    return past[0].aim(sum(w * p.eps for w, p in zip(parts, past, strict=False)))
+    return past[0].aim(weighted(parts, [point.eps for point in past[:3]]))
 
 
 ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12),
@@ -392,7 +405,7 @@ def plms(past: list[Point], leg: Leg, look: Look) -> Tensor:
     if len(past) == 1:
         return heun(past, leg, look)
     parts = ADAMS[len(past) - 1]
-    return past[0].aim(sum(w * p.eps for w, p in zip(parts, past, strict=True)))
+    return past[0].aim(weighted(parts, [point.eps for point in past]))
 
 
 def unipc(past: list[Point]) -> Tensor:
@@ -407,7 +420,7 @@ def unipc(past: list[Point]) -> Tensor:
         leg = Leg.of(last.level.ratio, now.level.ratio)
         knots = [point.level.ratio for point in past[:3]]
         parts = shares(knots, leg, by=np.log, evenly=np.reciprocal)
-        better = sum(w * p.x0 for w, p in zip(parts, past, strict=False))
+        better = weighted(parts, [point.x0 for point in past[:3]])
     return now.level.alpha * (better + now.level.ratio * last.towards(better))
 
 

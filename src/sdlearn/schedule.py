@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,12 +46,12 @@ class Level(NamedTuple):
     alpha, sigma: numbers, or for a batch of times tensors (B, 1, 1, 1).
     """
 
-    t: float | Tensor
-    alpha: float | Tensor
-    sigma: float | Tensor
+    t: Any
+    alpha: Any
+    sigma: Any
 
     @property
-    def ratio(self) -> float | Tensor:
+    def ratio(self) -> Any:
         """Noise over signal, what Karras et al. 2022 call sigma."""
         return self.sigma / self.alpha
 
@@ -96,8 +96,12 @@ def is_whole(value: object, least: int, most: float) -> bool:
 
 def check_betas(betas: object) -> None:
     """Refuse what cannot be the betas of a schedule."""
-    several = isinstance(betas, Tensor) and betas.ndim == 1 and len(betas) >= 2
-    if not several or not ((betas > 0) & (betas <= 1)).all():
+    if (
+        not isinstance(betas, Tensor)
+        or betas.ndim != 1
+        or len(betas) < 2
+        or not ((betas > 0) & (betas <= 1)).all()
+    ):
         raise ValueError(
             "betas have to be a tensor of two or more numbers above 0 and up to 1, "
             "each the share of noise that one step mixes in; take scaled_linear()"
@@ -119,7 +123,7 @@ class Schedule:
     offset: int = 1
     ends_clean: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_betas(self.betas)
         find_spacing(self.spacing)
         if not is_whole(self.offset, 0, np.inf):
@@ -175,7 +179,7 @@ def level_at(log_snr: np.ndarray, t: float | Tensor) -> Level:
         raise ValueError(f"t is {times[outside][0]:g}; times go from 0 to {last}")
     found = np.interp(times, np.arange(last + 1), log_snr)
     alpha, sigma = (1 + np.exp(-found)) ** -0.5, (1 + np.exp(found)) ** -0.5
-    if times.ndim == 0:
+    if not isinstance(t, Tensor) or t.ndim == 0:
         return Level(float(times), float(alpha), float(sigma))
     pair = torch.from_numpy(np.stack([alpha, sigma])).float().to(t.device)
     return Level(t, *pair.view(2, -1, 1, 1, 1))
@@ -241,14 +245,14 @@ def through(schedule: Schedule, ratios: np.ndarray) -> list[Level]:
 
 def karras(schedule: Schedule, n: int, rho: float = 7.0) -> list[Level]:
     """Even in the rho-th root of the ratio (Karras et al. 2022, eq. 5)."""
-    ends = [schedule.at(t).ratio ** (1 / rho) for t in (schedule.steps - 1, 0)]
-    return through(schedule, np.linspace(*ends, n) ** rho)
+    top, bottom = (schedule.at(t).ratio ** (1 / rho) for t in (schedule.steps - 1, 0))
+    return through(schedule, np.linspace(top, bottom, n) ** rho)
 
 
 def exponential(schedule: Schedule, n: int) -> list[Level]:
     """Even in the log of the ratio."""
-    ends = [schedule.at(t).ratio for t in (schedule.steps - 1, 0)]
-    return through(schedule, np.geomspace(*ends, n))
+    top, bottom = (schedule.at(t).ratio for t in (schedule.steps - 1, 0))
+    return through(schedule, np.geomspace(top, bottom, n))
 
 
 AYS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)

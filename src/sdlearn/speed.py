@@ -67,13 +67,15 @@ def sliced_attention(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK) -> Ten
 def slices_win(dtype: torch.dtype, positions: int = 2048) -> bool:
     """Whether slices are faster here than PyTorch's kernel; measured only once."""
     q, k, v = torch.zeros(3, 1, 8, positions, 40, dtype=dtype)
-    times = {sliced_attention: [], F.scaled_dot_product_attention: []}
+    forms: list[Callable] = [sliced_attention, F.scaled_dot_product_attention]
+    times: dict[Callable, list[float]] = {form: [] for form in forms}
     with torch.inference_mode():
-        for form in [*times] * 4:  # they take turns; the best of four counts
+        for form in forms * 4:  # they take turns; the best of four counts
             started = time.perf_counter()
             form(q, k, v)
             times[form].append(time.perf_counter() - started)
-    return min(times[sliced_attention]) < min(times[F.scaled_dot_product_attention])
+    ours, theirs = (min(times[form]) for form in forms)
+    return ours < theirs
 
 
 class FastAttention(Attention):
@@ -87,7 +89,8 @@ class FastAttention(Attention):
 
     def __init__(self, attention: Attention, sliced: bool):
         nn.Module.__init__(self)
-        self.heads, self.sliced, self.known = attention.heads, sliced, []
+        self.heads, self.sliced = attention.heads, sliced
+        self.known: list[tuple] = []
         for name, part in attention.named_children():
             setattr(self, name, part)
 
@@ -100,10 +103,10 @@ class FastAttention(Attention):
         weights = [(p.data_ptr(), p._version) for p in self.parameters()]
         for known, then, *both in self.known:
             if known is context and then == weights:
-                return tuple(both)
-        both = self.keys_and_values(context)
-        self.known = [(context, weights, *both), *self.known[:1]]
-        return both
+                return both[0], both[1]
+        found = self.keys_and_values(context)
+        self.known = [(context, weights, *found), *self.known[:1]]
+        return found
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, causal: bool = False
@@ -148,20 +151,22 @@ def tiled(
 
     The answer to a window is `scale` times as large as the window.
     """
-    y = total = None
+    whole = scale * size[0], scale * size[1]
+    y: Tensor | None = None
+    total = torch.zeros(whole)
     for top in places(size[0], tile, overlap):
         for left in places(size[1], tile, overlap):
             part = work(slice(top, top + tile), slice(left, left + tile))
             if y is None:
-                whole = scale * size[0], scale * size[1]
                 y = part.new_zeros(*part.shape[:2], *whole)
-                total = part.new_zeros(whole)
+                total = total.to(part)
             (i, j), (h, w) = (scale * top, scale * left), part.shape[-2:]
             down = ramp(h, i == 0, i + h == whole[0], scale * overlap)
             across = ramp(w, j == 0, j + w == whole[1], scale * overlap)
             counts = torch.outer(down, across).to(part)
             y[..., i : i + h, j : j + w] += counts * part
             total[i : i + h, j : j + w] += counts
+    assert y is not None  # there is one tile at least
     return y.div_(total)
 
 
@@ -211,8 +216,8 @@ class TiledVAE(VAE):
             return super().unscaled(image)  # it says what is wrong with a side
 
         def moments(rows: slice, columns: slice) -> Tensor:
-            window = (slice(f * x.start, f * x.stop) for x in (rows, columns))
-            return self.quant_conv(self.encoder(image[(..., *window)]))
+            y, x = (slice(f * s.start, f * s.stop) for s in (rows, columns))
+            return self.quant_conv(self.encoder(image[..., y, x]))
 
         size = height // f, width // f
         return DiagonalGaussian(tiled(moments, size, self.tile, self.overlap, 1))
@@ -243,7 +248,7 @@ def compile_unet(network: nn.Module, whole: bool = True) -> nn.Module:
     torch._dynamo.config.recompile_limit = 64  # blocks have one code and many sizes
     for part in network.modules():
         if isinstance(part, FastAttention):
-            part.words = part.keys_and_values  # what is remembered changes
+            part.words = part.keys_and_values  # type: ignore[method-assign]  # what is remembered changes
     blocks = [
         part
         for part in network.modules()

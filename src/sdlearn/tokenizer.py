@@ -12,6 +12,7 @@ from functools import partial
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import regex
 import torch
@@ -432,10 +433,10 @@ def read_tokenizer(
     content = read_json(whole) if whole.exists() else {}
     if merges.exists():
         pairs = parse_merges(read_text(merges), merges)
-        vocab = read_json(folder / "vocab.json")
+        vocab: Any = read_json(folder / "vocab.json")
     else:
-        model = content.get("model")
-        model = model if isinstance(model, dict) else {}
+        found = content.get("model")
+        model = found if isinstance(found, dict) else {}
         pairs, vocab = parse_merges(model.get("merges"), whole), model.get("vocab")
     config = {}
     for name in ("special_tokens_map", "tokenizer_config", "added_tokens"):

@@ -44,7 +44,7 @@ class UNetConfig:
     out_channels: int = 4
     groups: int = 32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         lengths = len(self.channels), len(self.attention), len(self.heads)
         if len(set(lengths)) > 1:
             raise ValueError(

@@ -153,7 +153,7 @@ def sprite(name: str, colour: str | None, size: int) -> np.ndarray:
     The alpha is straight, not multiplied into the colours.
     """
     svg = drawing_svg(name, colour)
-    sizes = re.search(r'viewBox="\S+ \S+ (\S+) (\S+)"', svg).groups()
+    (sizes,) = re.findall(r'viewBox="\S+ \S+ (\S+) (\S+)"', svg)[:1]
     width, height = map(float, sizes)
     side = "width" if width >= height else "height"
     return rasterise(svg, **{side: size})
@@ -308,7 +308,8 @@ def random_scene(
         count = things or (1 if rng.random() < 0.4 and split != "pair" else 2)
         chosen = [random_thing(rng) for _ in range(count)]
         if split == "colour":
-            chosen[0] = Thing(*rng.choice(sorted(HELD_OUT_COLOURS)), 0, 0, 0)
+            name, colour = rng.choice(sorted(HELD_OUT_COLOURS))
+            chosen[0] = Thing(name, colour, 0, 0, 0)
             rng.shuffle(chosen)
         if split == "pair":
             names = rng.choice(sorted(HELD_OUT_PAIRS))

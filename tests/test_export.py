@@ -209,7 +209,10 @@ def good_notebook() -> nbformat.NotebookNode:
         (lambda c: c[0].update(source="[x](https://a.org/home/ann)"), None),
         (lambda c: c[2].update(source="\n".join(["x = 1"] * 31)), "cell-002 has 31 lines of code; at most 30"),
         (lambda c: c[2].update(source="#| export\n" + "\n".join(["x = 1"] * 100)), None),
-        (lambda c: c[2].update(source="#| export\n" + "\n".join(["x = 1"] * 101)), "has 101 lines of code; at most 100"),
+        (
+            lambda c: c[2].update(source="#| export\n" + "\n".join(["x = 1"] * 101)),
+            "has 101 lines of code; at most 100",
+        ),
         (lambda c: c[2].update(source="# " + "x" * 1_000_000), "is 1.0 MB"),
     ],
 )

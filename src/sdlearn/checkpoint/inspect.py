@@ -114,8 +114,7 @@ def judged(report: Report, whole: bool) -> Report:
         if not whole:
             raise ValueError(
                 f"{report.path} is {called(report.kind)}, but a whole SD 1 checkpoint "
-                "is "
-                "wanted"
+                "is wanted"
             )
         from sdlearn.checkpoint.load import plan
 

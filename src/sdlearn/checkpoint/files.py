@@ -193,19 +193,16 @@ def form_of(path: Path, head: bytes) -> str:
             f"{path} holds a pickle (.ckpt) under another name: rename it, so that it "
             "ends in .ckpt"
         )
-    if not head:
+    if not other and not head:
         other = "empty: download it again"
-    elif all(32 <= byte < 127 or byte in b"\t\n\r" for byte in head[:64]):
-        other = other or "text: give the model's file"
+    elif not other and all(32 <= byte < 127 or byte in b"\t\n\r" for byte in head[:64]):
+        other = "text: give the model's file"
         if head.lstrip().startswith(b"<"):
             other = "a web page: download the file itself, not the page about it"
-    elif safe_name and not other:
+    elif not other and safe_name:
         return ".safetensors"
-    other = (
-        other
-        or "no checkpoint, or is damaged from its first byte on: download it again"
-    )
-    what, advice = other.split(": ")
+    unknown = "no checkpoint, or is damaged from its first byte on: download it again"
+    what, advice = (other or unknown).split(": ")
     raise ValueError(f"{path} is {what}, but {WANTED}: {advice}")
 
 

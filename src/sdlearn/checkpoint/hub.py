@@ -187,9 +187,8 @@ def download(
     check_space(todo, home)
     for path, sibling in todo.items():
         with clear_errors(place, endpoint):
-            fetch(
-                Place(place.repo, sibling.rfilename, info.sha), sibling, path, endpoint
-            )
+            file = Place(place.repo, sibling.rfilename, info.sha)
+            fetch(file, sibling, path, endpoint)
     return home if "model_index.json" in names else next(iter(paths))
 
 

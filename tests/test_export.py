@@ -207,12 +207,9 @@ def good_notebook() -> nbformat.NotebookNode:
         ),
         (lambda c: c[2].outputs[0].update(text="<f at 0x7fa1b2c3d4e5>"), "cell-002 prints an address"),
         (lambda c: c[0].update(source="[x](https://a.org/home/ann)"), None),
-        (lambda c: c[2].update(source="\n".join(["x = 1"] * 26)), "cell-002 has 26 lines of code; at most 25"),
-        (lambda c: c[2].update(source="#| export\n" + "\n".join(["x = 1"] * 60)), None),
-        (
-            lambda c: c[2].update(source="class A:\n" + "\n".join(["    x = 1"] * 60)),
-            "has 61 lines of code; at most 60",
-        ),
+        (lambda c: c[2].update(source="\n".join(["x = 1"] * 31)), "cell-002 has 31 lines of code; at most 30"),
+        (lambda c: c[2].update(source="#| export\n" + "\n".join(["x = 1"] * 90)), None),
+        (lambda c: c[2].update(source="#| export\n" + "\n".join(["x = 1"] * 91)), "has 91 lines of code; at most 90"),
         (lambda c: c[2].update(source="# " + "x" * 1_000_000), "is 1.0 MB"),
     ],
 )

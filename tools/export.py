@@ -158,7 +158,10 @@ def render(name: str, modules: dict[str, Module]) -> str:
     ]
     first, _, rest = module.docstring.replace("\\", "\\\\").replace('"""', '\\"\\"\\"').partition("\n")
     books = " and ".join(f"book/{notebook}" for notebook in module.notebooks)
-    doc = f'"""{first}\nExported from {books} {MARK}\n{rest}'.rstrip() + '\n"""'
+    head = f"Exported from {books} {MARK}"
+    if len(head) > 88:  # several chapters
+        head = f"Exported from {books}\n{MARK}"
+    doc = f'"""{first}\n{head}\n{rest}'.rstrip() + '\n"""'
     head = "\n".join([*module.imports, *neighbours, f"__all__ = {[x for x in module.names if x[0] != '_']}"])
     return tidy(f"{doc}\n\n{head}\n\n{body}\n", name)
 

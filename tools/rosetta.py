@@ -276,12 +276,20 @@ samplers.Leg.of | | `DDPM.q_posterior` | $q(x_{t-1} \mid x_t, x_0)$ | 08
 samplers.go | diffusers.DDIMScheduler.step | `DDIMSampler.p_sample_ddim` | $p_\theta(x_{t-1} \mid x_t)$ | 08
 samplers.sample | | `DDPM.p_sample_loop` | | 08
 samplers.keep | diffusers.StableDiffusionImg2ImgPipeline.get_timesteps | `t_enc` | $t_0$ | 08
+samplers.SAMPLERS | diffusers.schedulers.KarrasDiffusionSchedulers | | | 13
+samplers.heun | diffusers.HeunDiscreteScheduler.step | | | 13
+samplers.dpm2 | diffusers.KDPM2DiscreteScheduler.step | | DPM-Solver-2 | 13
+samplers.dpmpp_2s | diffusers.DPMSolverSinglestepScheduler.step | | DPM-Solver++(2S) | 13
+samplers.dpmpp_2m | diffusers.DPMSolverMultistepScheduler.step | | DPM-Solver++(2M) | 13
+samplers.deis | diffusers.DEISMultistepScheduler.step | | $t$AB-DEIS | 13
+samplers.plms | diffusers.PNDMScheduler.step | `PLMSSampler.p_sample_plms` | S-PNDM | 13
+samplers.unipc | diffusers.UniPCMultistepScheduler.multistep_uni_c_bh_update | | UniC | 13
 training.Average | diffusers.training_utils.EMAModel | `LitEma` | | 09
-tasks.DenoiseTask | | `DDPM.p_losses` | $L_{\text{simple}}$ | 09
+tiny.tasks.DenoiseTask | | `DDPM.p_losses` | $L_{\text{simple}}$ | 09
 guidance.guide | | `DDIMSampler.p_sample_ddim` | $\tilde\varepsilon$ | 10
 guidance.rescale | diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion.rescale_noise_cfg | | $\phi$ | 10
-weights.load_folder | diffusers.StableDiffusionPipeline.from_pretrained | |  | 11
-weights.load_single_file | diffusers.StableDiffusionPipeline.from_single_file | `load_model_from_config` | | 11
+checkpoint.load.load | diffusers.StableDiffusionPipeline.from_pretrained | `load_model_from_config` | | 11
+checkpoint.load.save | diffusers.StableDiffusionPipeline.save_pretrained | | | 11
 pipeline.StableDiffusion | diffusers.StableDiffusionPipeline | `LatentDiffusion` | | 12
 pipeline.StableDiffusion.img2img | diffusers.StableDiffusionImg2ImgPipeline | `scripts/img2img.py` | | 12
 """
@@ -293,6 +301,8 @@ negative_prompt | {CALL}(negative_prompt) | `unconditional_conditioning` | | 10
 steps | {CALL}(num_inference_steps) | `--ddim_steps` | $S$ | 08
 cfg_scale | {CALL}(guidance_scale) | `--scale` | $s = 1 + w$ | 10
 sampler | diffusers.StableDiffusionPipeline(scheduler) | `DDIMSampler` | | 08
+spacing | | `ddim_discretize` | | 13
+eta | {CALL}(eta) | `--ddim_eta` | $\eta$ | 08
 seed | {CALL}(generator) | `--seed` | | 12
 width | {CALL}(width) | `--W` | | 12
 height | {CALL}(height) | `--H` | | 12
@@ -376,8 +386,8 @@ An empty cell means that there is no single thing of that kind. CompVis' classes
 """
 CALLS = """## Arguments of a call
 
-Ours are those of `StableDiffusion.txt2img` and `img2img`. Written with hyphens, as in `--cfg-scale`, most of them are
-options of the command `sdlearn` as well.
+Ours are the fields of a `Request`, which `StableDiffusion.txt2img` and `img2img` take as keywords. Written with
+hyphens, as in `--cfg-scale`, most of them are options of the command `sdlearn` as well.
 """
 CONFIGS = """## Sizes and settings
 

@@ -1,5 +1,6 @@
 """Noise -> picture, level after level: one loop, and what each sampler aims at.
-Exported from book/08_ddpm.ipynb by `make export`; edit it there.
+Exported from book/08_ddpm.ipynb and book/13_samplers.ipynb
+by `make export`; edit it there.
 
 Chapters 08 and 13.
 """
@@ -11,6 +12,7 @@ from itertools import pairwise
 from numbers import Real
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +37,19 @@ __all__ = [
     "walk",
     "sample",
     "keep",
+    "half_way",
+    "dpm2",
+    "dpmpp_2s",
+    "heun",
+    "dpmpp_2m",
+    "dpmpp_3m",
+    "shares",
+    "lms",
+    "deis",
+    "ADAMS",
+    "plms",
+    "unipc",
+    "dpmpp_sde",
 ]
 
 
@@ -278,3 +293,158 @@ def keep(levels: Sequence[Level], strength: float) -> list[Level]:
             f"give a strength of at least {least}, or more steps"
         )
     return list(levels[n - kept :])
+
+
+def half_way(past: list[Point], leg: Leg, look: Look) -> Point:
+    """What is seen on the line to x0, half way down the leg in log ratio."""
+    return look(past[0].x0, Leg.of(leg.start, math.sqrt(leg.start * leg.down)))
+
+
+def dpm2(past: list[Point], leg: Leg, look: Look) -> Tensor:
+    """Borrow the noise from half way (Lu et al. 2022a, algorithm 1)."""
+    if leg.down == 0:
+        return past[0].x0
+    return past[0].aim(half_way(past, leg, look).eps)
+
+
+def dpmpp_2s(past: list[Point], leg: Leg, look: Look) -> Tensor:
+    """Borrow the x0 from half way (Lu et al. 2022b, algorithm 1)."""
+    return past[0].x0 if leg.down == 0 else half_way(past, leg, look).x0
+
+
+def heun(past: list[Point], leg: Leg, look: Look) -> Tensor:
+    """The mean of the noise here and at the end (Karras et al. 2022, algorithm 1)."""
+    if leg.down == 0:
+        return past[0].x0
+    end = look(past[0].x0, Leg.of(leg.start, leg.down))
+    return past[0].aim((past[0].eps + end.eps) / 2)
+
+
+def dpmpp_2m(past: list[Point], leg: Leg, look: Look) -> Tensor:
+    """The line through the last two x0, over log ratio, read half way down the leg
+    (Lu et al. 2022b, algorithm 2)."""
+    now, *before = past
+    if not before or leg.end == 0:
+        return now.x0
+    q = math.log(before[0].level.ratio / leg.start) / math.log(leg.start / leg.end)
+    return now.x0 + (now.x0 - before[0].x0) / (2 * q)
+
+
+def dpmpp_3m(past: list[Point], leg: Leg, look: Look) -> Tensor:
+    """The parabola through the last three x0, with half its curve, as in the authors'
+    code; with noise as in k-diffusion's dpmpp_3m_sde."""
+    if len(past) < 3 or leg.end == 0:
+        return dpmpp_2m(past, leg, look)
+    now, one, two = past[:3]
+    steps = [math.log(b.level.ratio / a.level.ratio) for a, b in pairwise(past[:3])]
+    q0, q1 = (step / math.log(leg.start / leg.end) for step in steps)
+    a, b = (now.x0 - one.x0) / q0, (one.x0 - two.x0) / q1
+    slope, curve = a + q0 / (q0 + q1) * (a - b), (a - b) / (q0 + q1)
+    h = math.log(leg.start / leg.down)
+    part = -1 / math.expm1(-h) - 1 / h  # the mean share of the leg, even in 1 / ratio
+    square = part + (1 - 2 * part) / h  # the mean of its square
+    return now.x0 + part * slope + square / 2 * curve
+
+
+def shares(
+    knots: Sequence[float],
+    leg: Leg,
+    by: Callable = lambda ratio: ratio,
+    evenly: Callable = lambda ratio: ratio,
+) -> list[float]:
+    """How much the value at each knot counts in a mean over the leg.
+
+    Through the values at the knots (ratios) goes a polynomial in by(ratio); its mean is
+    taken evenly in ratio, or in 1 / ratio: `evenly` has to be its own inverse.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(32)
+    ratios = evenly(np.interp(nodes, [-1, 1], [evenly(leg.start), evenly(leg.end)]))
+    found = []
+    for a in knots:
+        others = [by(b) for b in knots if b != a]
+        basis = np.prod([(by(ratios) - b) / (by(a) - b) for b in others], axis=0)
+        found.append(float((weights * basis).sum() / 2))
+    return found
+
+
+def lms(past: list[Point], leg: Leg, look: Look) -> Tensor:
+    """The mean over the leg of the cubic through the last four eps: Adams-Bashforth
+    for uneven steps, as in k-diffusion."""
+    parts = shares([point.level.ratio for point in past], leg)
+    return past[0].aim(sum(w * p.eps for w, p in zip(parts, past, strict=True)))
+
+
+def deis(past: list[Point], leg: Leg, look: Look) -> Tensor:
+    """As lms, of the parabola over log ratio (Zhang & Chen 2023, tAB-DEIS)."""
+    if leg.end == 0:
+        return past[0].x0
+    parts = shares([point.level.ratio for point in past[:3]], leg, by=np.log)
+    return past[0].aim(sum(w * p.eps for w, p in zip(parts, past, strict=False)))
+
+
+ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12),
+         (55 / 24, -59 / 24, 37 / 24, -9 / 24))  # fmt: skip
+
+
+def plms(past: list[Point], leg: Leg, look: Look) -> Tensor:
+    """As lms, with the weights of even steps; the first step is Heun's
+    (Liu et al. 2022, section 3)."""
+    if len(past) == 1:
+        return heun(past, leg, look)
+    parts = ADAMS[len(past) - 1]
+    return past[0].aim(sum(w * p.eps for w, p in zip(parts, past, strict=True)))
+
+
+def unipc(past: list[Point]) -> Tensor:
+    """Go the last leg again, now that its end was seen: xt there (Zhao et al. 2023,
+    section 3)."""
+    now, *before = past
+    if not before:
+        return now.xt
+    last = before[0]
+    better = (now.x0 + last.x0) / 2
+    if len(before) > 1:
+        leg = Leg.of(last.level.ratio, now.level.ratio)
+        knots = [point.level.ratio for point in past[:3]]
+        parts = shares(knots, leg, by=np.log, evenly=np.reciprocal)
+        better = sum(w * p.x0 for w, p in zip(parts, past, strict=False))
+    return now.level.alpha * (better + now.level.ratio * last.towards(better))
+
+
+def dpmpp_sde(past: list[Point], leg: Leg, look: Look) -> Tensor:
+    """The x0 from half way to the end, where the walk arrives with noise of its own
+    (k-diffusion's dpmpp_sde)."""
+    if leg.end == 0:
+        return past[0].x0
+    eta = leg.up / Leg.of(leg.start, leg.end, 1.0).up
+    half = Leg.of(leg.start, math.sqrt(leg.start * leg.end), eta)
+    return look(past[0].x0, half).x0
+
+
+SAMPLERS |= {
+    "euler": Sampler(euler, "Euler", "straight to the guess; as DDIM, to the end"),
+    "euler_a": Sampler(euler, "Euler a", "DDPM by its other name", eta=1.0),
+    "heun": Sampler(heun, "Heun", "looks twice: here and at the end", eta=None),
+    "dpm2": Sampler(dpm2, "DPM2", "looks twice: noise from half way"),
+    "dpm2_a": Sampler(dpm2, "DPM2 a", "the same with fresh noise", eta=1.0),
+    "dpmpp_2s_a": Sampler(
+        dpmpp_2s, "DPM++ 2S a", "looks twice: the picture from half way", eta=1.0
+    ),
+    "dpmpp_2m": Sampler(dpmpp_2m, "DPM++ 2M", "a line through the last two guesses"),
+    "dpmpp_2m_sde": Sampler(
+        dpmpp_2m, "DPM++ 2M SDE", "the same with fresh noise", eta=1.0
+    ),
+    "dpmpp_3m": Sampler(dpmpp_3m, "DPM++ 3M", "a curve through the last three"),
+    "dpmpp_3m_sde": Sampler(
+        dpmpp_3m, "DPM++ 3M SDE", "the same with fresh noise", eta=1.0
+    ),
+    "dpmpp_sde": Sampler(
+        dpmpp_sde, "DPM++ SDE", "looks twice, the second time after dice", eta=1.0
+    ),
+    "lms": Sampler(lms, "LMS", "a curve through the noise of four looks", eta=None),
+    "plms": Sampler(plms, "PLMS", "the first fast one; for even steps", None, False),
+    "deis": Sampler(deis, "DEIS", "three looks, in log noise", eta=None),
+    "unipc": Sampler(
+        dpmpp_2m, "UniPC", "2M that mends its last step", eta=None, correct=unipc
+    ),
+}

@@ -1,5 +1,6 @@
 """Where between picture and noise we are: schedules, levels, the jump. Chapter 08.
-Exported from book/08_ddpm.ipynb by `make export`; edit it there.
+Exported from book/08_ddpm.ipynb and book/13_samplers.ipynb
+by `make export`; edit it there.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,11 @@ __all__ = [
     "SPACINGS",
     "find_spacing",
     "add_noise",
+    "through",
+    "karras",
+    "exponential",
+    "AYS",
+    "align_your_steps",
 ]
 
 
@@ -225,3 +231,38 @@ def add_noise(x0: Tensor, noise: Tensor, level: Level) -> Tensor:
             "draw noise in the shape of x0"
         )
     return level.alpha * x0 + level.sigma * noise
+
+
+def through(schedule: Schedule, ratios: np.ndarray) -> list[Level]:
+    """Levels of these ratios; the first and the last are those of training."""
+    middle = [schedule.at_ratio(float(ratio)) for ratio in ratios[1:-1]]
+    return [schedule.at(schedule.steps - 1), *middle, schedule.at(0)][: len(ratios)]
+
+
+def karras(schedule: Schedule, n: int, rho: float = 7.0) -> list[Level]:
+    """Even in the rho-th root of the ratio (Karras et al. 2022, eq. 5)."""
+    ends = [schedule.at(t).ratio ** (1 / rho) for t in (schedule.steps - 1, 0)]
+    return through(schedule, np.linspace(*ends, n) ** rho)
+
+
+def exponential(schedule: Schedule, n: int) -> list[Level]:
+    """Even in the log of the ratio."""
+    ends = [schedule.at(t).ratio for t in (schedule.steps - 1, 0)]
+    return through(schedule, np.geomspace(*ends, n))
+
+
+AYS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
+
+
+def align_your_steps(schedule: Schedule, n: int) -> list[Level]:
+    """Ratios that were tuned for ten steps of SD 1 (Sabour et al. 2024); for another n,
+    read between them in log ratio."""
+    table = np.interp(np.linspace(0, len(AYS) - 1, n + 1), range(len(AYS)), np.log(AYS))
+    return [schedule.at_ratio(float(ratio)) for ratio in np.exp(table[:-1])]
+
+
+SPACINGS |= {
+    "karras": Spacing("Karras", karras),
+    "exponential": Spacing("Exponential", exponential),
+    "ays": Spacing("Align Your Steps", align_your_steps),
+}

@@ -1,4 +1,4 @@
-"""Checkpoints <-> models: every format of Stable Diffusion 1, read. Chapter 11.
+"""Checkpoints <-> models: each format of Stable Diffusion 1, strictly. Chapter 11.
 Exported from book/11_weights.ipynb by `make export`; edit it there.
 
 `plan` decides what we can draw with; `load` reads the numbers that it finds.

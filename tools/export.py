@@ -4,7 +4,8 @@
     python tools/export.py book/05_vae.ipynb    write only the modules that this notebook feeds
     python tools/export.py --check              write nothing; exit 1 and name the modules that differ
 
-A long class may be told in pieces: `class X(X):` adds methods to the class X of an earlier cell; the module gets one class.
+A long class may be told in pieces: `class X(X):` adds methods to the class X of an earlier cell; the module gets one
+class.
 
 The words are nbdev's: `#| default_exp vae` names the notebook's module, `#| export` sends a cell there,
 `#| export blocks` sends it to another module. The first string of a module's first cell is its docstring.
@@ -162,7 +163,7 @@ def render(name: str, modules: dict[str, Module]) -> str:
     if len(head) > 88:  # several chapters
         head = f"Exported from {books}\n{MARK}"
     doc = f'"""{first}\n{head}\n{rest}'.rstrip() + '\n"""'
-    head = "\n".join([*module.imports, *neighbours, f"__all__ = {[x for x in module.names if x[0] != '_']}"])
+    head = "\n".join([*module.imports, *neighbours])
     return tidy(f"{doc}\n\n{head}\n\n{body}\n", name)
 
 

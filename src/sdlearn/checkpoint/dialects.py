@@ -5,35 +5,6 @@ Exported from book/11_weights.ipynb by `make export`; edit it there.
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-__all__ = [
-    "Rules",
-    "rename",
-    "CLIP_RULES",
-    "VAE_RULES",
-    "TRANSFORMER_RULES",
-    "unet_rules",
-    "LDM_RESNET",
-    "ldm_unet_rules",
-    "ldm_vae_rules",
-    "clip_name",
-    "VAE_ATTENTION",
-    "LDM_TEXT",
-    "PREFIXES",
-    "spelling",
-    "spell_all",
-    "KINDS",
-    "CALLED",
-    "recognise",
-    "called",
-    "CHANNELS",
-    "FIRST",
-    "variant",
-    "TABLE",
-    "IGNORED",
-    "why_ignored",
-    "averaged_name",
-]
-
 # (pattern, replacement), applied one after the other
 Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]
 

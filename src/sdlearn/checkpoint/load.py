@@ -67,45 +67,6 @@ from sdlearn.tokenizer import Tokenizer
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
 
-__all__ = [
-    "SkipInitialisation",
-    "empty",
-    "Network",
-    "match",
-    "entry",
-    "fit",
-    "check_numbers",
-    "free_memory",
-    "check_memory",
-    "Config",
-    "MAKE",
-    "rules",
-    "refuse_foreign",
-    "prepare",
-    "prepare_part",
-    "load_part",
-    "load_text_encoder",
-    "load_unet",
-    "load_vae",
-    "load_clip",
-    "Plan",
-    "Sizes",
-    "plan",
-    "plan_folder",
-    "plan_vae",
-    "plan_file",
-    "averages",
-    "check_fit",
-    "Parts",
-    "load",
-    "build",
-    "named",
-    "save",
-    "INDEX",
-    "folder_writers",
-    "save_clip",
-]
-
 
 class SkipInitialisation(TorchFunctionMode):
     """Numbers that are overwritten at once need not be drawn: on the meta device that

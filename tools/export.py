@@ -162,7 +162,7 @@ def render(name: str, modules: dict[str, Module]) -> str:
     if len(head) > 88:  # several chapters
         head = f"Exported from {books}\n{MARK}"
     doc = f'"""{first}\n{head}\n{rest}'.rstrip() + '\n"""'
-    head = "\n".join([*module.imports, *neighbours, f"__all__ = {[x for x in module.names if x[0] != '_']}"])
+    head = "\n".join([*module.imports, *neighbours])
     return tidy(f"{doc}\n\n{head}\n\n{body}\n", name)
 
 

@@ -9,7 +9,6 @@ python tools/journey.py --check    write nothing; exit 1 if one differs
 
 from __future__ import annotations
 
-import re
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -282,10 +281,10 @@ def contents() -> str:
 
 
 def minimal() -> str:
-    """The code of minimal.py without its docstring and its list of names: the first that README shows."""
+    """The code of minimal.py without its docstring: the first that README shows."""
     text = (ROOT / "src" / "sdlearn" / "minimal.py").read_text("utf-8")
     code = text.partition('"""\n\n')[2]
-    return f"```python\n{re.sub(r'__all__ = .*', '', code).strip()}\n```".replace("\n\n\n\n", "\n\n")
+    return f"```python\n{code.strip()}\n```".replace("\n\n\n\n", "\n\n")
 
 
 def filled(path: Path, **blocks: str) -> str:

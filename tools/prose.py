@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+from export import DEFINITIONS, defined_names
 from spelling import prose
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,9 +70,8 @@ def about_names(notebook: nbformat.NotebookNode, text: str) -> Iterator[str]:
     for module in sorted(modules):
         path = ROOT / "src" / "sdlearn" / f"{module.replace('.', '/')}.py"
         tree = ast.parse(path.read_text("utf-8")) if path.exists() else ast.parse("")
-        lists = [node.value for node in tree.body if ast.unparse(node).startswith("__all__ =")]
-        names = [name for one in lists for name in ast.literal_eval(one)]
-        yield from (f"exports {name} and never speaks of it" for name in names if name not in said)
+        names = [name for node in tree.body if isinstance(node, DEFINITIONS) for name in defined_names(node)]
+        yield from (f"exports {name} and never speaks of it" for name in names if name[0] != "_" and name not in said)
 
 
 def main() -> int:

@@ -5,8 +5,6 @@ Exported from book/02_attention.ipynb by `make export`; edit it there.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Attention"]
-
 
 class Attention(nn.Module):
     """Multi-head self-attention, or cross-attention when a context is given.

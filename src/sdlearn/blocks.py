@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from sdlearn.attention import Attention
 
-__all__ = ["ResBlock", "AttentionBlock", "Downsample", "Upsample"]
-
 
 class ResBlock(nn.Module):
     """Two convolutions and a way around them: (B, C, H, W) -> (B, out_channels, H, W).

@@ -11,17 +11,6 @@ from torch import Tensor, nn
 
 from sdlearn.attention import Attention
 
-__all__ = [
-    "contrastive_loss",
-    "quick_gelu",
-    "CLIPLayer",
-    "CLIPTextConfig",
-    "CLIPTextEncoder",
-    "CLIPImageConfig",
-    "CLIPImageEncoder",
-    "CLIP",
-]
-
 
 def contrastive_loss(logits: Tensor) -> Tensor:
     """Text i belongs to image i: cross-entropy of rows and columns, averaged.

@@ -8,16 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Conditioning",
-    "guide",
-    "rescale",
-    "check_settings",
-    "check_negative",
-    "spread",
-    "Guided",
-]
-
 Conditioning = dict[str, Tensor]  # a network's keyword arguments, such as context=
 
 

@@ -9,8 +9,6 @@ from PIL import Image
 
 from sdlearn.checkpoint.load import Parts
 
-__all__ = ["draw_by_hand"]
-
 
 @torch.inference_mode()
 def draw_by_hand(

@@ -16,24 +16,6 @@ from torch import Tensor
 
 from sdlearn.disk import check_plain, write_files
 
-__all__ = [
-    "FORMATS",
-    "LARGEST_INPUT",
-    "LARGEST_FILE",
-    "check_input_size",
-    "upright",
-    "damage_told",
-    "open_image",
-    "eight_bits",
-    "to_tensor",
-    "to_image",
-    "describe",
-    "save_png",
-    "PAIR",
-    "read_parameters",
-    "unquoted",
-]
-
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")
 LARGEST_INPUT = 16384  # pixels a side of a picture that we are given
 LARGEST_FILE = 2**30  # bytes

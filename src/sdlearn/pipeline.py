@@ -20,18 +20,6 @@ from sdlearn.request import LARGEST, Request, Settings
 from sdlearn.samplers import SAMPLERS, Denoiser, draw_noise, keep, sample
 from sdlearn.schedule import Level, Schedule, add_noise
 
-__all__ = [
-    "pick_device",
-    "default_dtype",
-    "check_fit",
-    "PromptCut",
-    "warn_of_cuts",
-    "latent_shape",
-    "Drawing",
-    "last",
-    "StableDiffusion",
-]
-
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
     """The device asked for, if it is there; without a wish the fastest that is."""

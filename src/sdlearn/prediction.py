@@ -9,8 +9,6 @@ from torch import Tensor
 
 from sdlearn.schedule import Level
 
-__all__ = ["Prediction", "EPSILON", "SAMPLE", "V", "PREDICTIONS"]
-
 
 class Prediction(NamedTuple):
     """How to train a network and how to read it; nothing else needs to know.

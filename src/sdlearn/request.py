@@ -16,31 +16,6 @@ from sdlearn.pictures import describe, open_image
 from sdlearn.samplers import SAMPLERS, check_eta
 from sdlearn.schedule import SPACINGS
 
-__all__ = [
-    "LARGEST",
-    "SEEDS",
-    "Check",
-    "shown",
-    "whole_number",
-    "number",
-    "optional",
-    "one_of",
-    "texts",
-    "picture",
-    "four_dimensional",
-    "times",
-    "yes_or_no",
-    "one_seed_each",
-    "SCALE",
-    "STRENGTH",
-    "SHARE",
-    "ETA",
-    "CHECKS",
-    "Request",
-    "settings_of",
-    "Settings",
-]
-
 LARGEST = 4096  # pixels a side of a picture that we draw
 SEEDS = 2**32  # PyTorch's CPU generator takes 32 bits: larger seeds repeat smaller ones
 Check = Callable[[str, Any], Any]  # name, value -> the value, or a ValueError

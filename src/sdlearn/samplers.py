@@ -19,41 +19,6 @@ from torch import Tensor
 from sdlearn.prediction import EPSILON, Prediction
 from sdlearn.schedule import Level, Schedule
 
-__all__ = [
-    "Denoiser",
-    "Point",
-    "Leg",
-    "Look",
-    "Better",
-    "euler",
-    "Sampler",
-    "SAMPLERS",
-    "find_sampler",
-    "check_eta",
-    "Dice",
-    "draw_noise",
-    "Noise",
-    "Step",
-    "go",
-    "walk",
-    "sample",
-    "keep",
-    "half_way",
-    "dpm2",
-    "dpmpp_2s",
-    "heun",
-    "dpmpp_2m",
-    "dpmpp_3m",
-    "shares",
-    "weighted",
-    "lms",
-    "deis",
-    "ADAMS",
-    "plms",
-    "unipc",
-    "dpmpp_sde",
-]
-
 
 @dataclass(frozen=True)
 class Denoiser:

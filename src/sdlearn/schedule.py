@@ -13,31 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Level",
-    "CLEAN",
-    "linear",
-    "scaled_linear",
-    "cosine",
-    "zero_terminal_snr",
-    "is_whole",
-    "check_betas",
-    "Schedule",
-    "level_at",
-    "Spacing",
-    "leading",
-    "trailing",
-    "linspace",
-    "SPACINGS",
-    "find_spacing",
-    "add_noise",
-    "through",
-    "karras",
-    "exponential",
-    "AYS",
-    "align_your_steps",
-]
-
 
 class Level(NamedTuple):
     """A place between picture and noise: xt = alpha x0 + sigma noise.

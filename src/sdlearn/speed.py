@@ -17,21 +17,6 @@ from sdlearn.pipeline import StableDiffusion
 from sdlearn.unet import SpatialTransformer
 from sdlearn.vae import VAE, DiagonalGaussian
 
-__all__ = [
-    "LARGE",
-    "BLOCK",
-    "sliced_attention",
-    "slices_win",
-    "FastAttention",
-    "places",
-    "ramp",
-    "tiled",
-    "faster",
-    "TiledVAE",
-    "compile_unet",
-    "speed_up",
-]
-
 LARGE = 2**20  # weights of one head, from which slices pay
 # weights that are alive at once: 8 MB in 16 bits, what a processor's cache can hold
 BLOCK = 2**22

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["timestep_embedding", "TimeEmbedding"]
-
 
 def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
     """Timesteps t (B,) -> [cos(t f), sin(t f)] (B, width), float32.

@@ -20,31 +20,6 @@ from torch import Tensor
 
 from sdlearn.disk import read_json, read_text, write_files
 
-__all__ = [
-    "BOS",
-    "EOS",
-    "END",
-    "byte_symbols",
-    "SYMBOL_OF_BYTE",
-    "BYTE_OF_SYMBOL",
-    "spell",
-    "WORD",
-    "clean",
-    "words",
-    "join",
-    "learn_merges",
-    "apply_merges",
-    "vocabulary",
-    "BytePairs",
-    "Tokenizer",
-    "tokenizer_files",
-    "write_text",
-    "parse_merges",
-    "read_tokenizer",
-    "find_added",
-    "read_settings",
-]
-
 BOS, EOS, END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 

@@ -13,21 +13,6 @@ from torch import Tensor, nn
 
 from sdlearn.disk import write_files
 
-__all__ = [
-    "Average",
-    "Recipe",
-    "generators",
-    "Task",
-    "attention_kernels",
-    "save_state",
-    "train",
-    "read_state",
-    "resume",
-    "averaged_weights",
-    "progress",
-    "fastest_precision",
-]
-
 
 class Average:
     """An exponential moving average of the trained weights.

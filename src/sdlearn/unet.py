@@ -17,18 +17,6 @@ from sdlearn.attention import Attention
 from sdlearn.blocks import Downsample, ResBlock, Upsample
 from sdlearn.timestep import TimeEmbedding
 
-__all__ = [
-    "UNetConfig",
-    "GEGLU",
-    "TransformerBlock",
-    "SpatialTransformer",
-    "Stage",
-    "Middle",
-    "UNet",
-    "record_attention",
-    "attention_maps",
-]
-
 
 @dataclass(frozen=True)
 class UNetConfig:

@@ -11,16 +11,6 @@ from torch import Tensor, nn
 
 from sdlearn.blocks import AttentionBlock, Downsample, ResBlock, Upsample
 
-__all__ = [
-    "DiagonalGaussian",
-    "VAEConfig",
-    "Level",
-    "Middle",
-    "Encoder",
-    "Decoder",
-    "VAE",
-]
-
 
 class DiagonalGaussian:
     """A normal distribution for every latent number.

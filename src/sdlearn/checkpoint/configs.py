@@ -5,6 +5,7 @@ Exported from book/11_weights.ipynb by `make export`; edit it there.
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -13,44 +14,6 @@ from sdlearn.prediction import PREDICTIONS, Prediction
 from sdlearn.schedule import Schedule, cosine, linear, scaled_linear, zero_terminal_snr
 from sdlearn.unet import UNetConfig
 from sdlearn.vae import VAEConfig
-
-__all__ = [
-    "NOTHING",
-    "SWITCHED_OFF",
-    "UNET_ALWAYS",
-    "VAE_ALWAYS",
-    "CLIP_ALWAYS",
-    "SCHEDULE_ALWAYS",
-    "SAME",
-    "HINTS",
-    "LARGEST",
-    "one",
-    "refuse_others",
-    "number",
-    "numbers",
-    "unet_from_json",
-    "sample_size",
-    "unet_to_json",
-    "vae_from_json",
-    "vae_to_json",
-    "TOWER",
-    "TEXT",
-    "IMAGE",
-    "tower",
-    "text_from_json",
-    "clip_from_json",
-    "tower_to_json",
-    "text_to_json",
-    "clip_to_json",
-    "BETAS",
-    "LINSPACE",
-    "choose",
-    "table_of_betas",
-    "SLOPES",
-    "SPACINGS",
-    "schedule_from_json",
-    "schedule_to_json",
-]
 
 # What our classes always do. A file that says otherwise is another model.
 NOTHING = (  # what is absent in our U-Net
@@ -62,39 +25,48 @@ SWITCHED_OFF = (
     "use_linear_projection only_cross_attention dual_cross_attention "
     "center_input_sample resnet_skip_time_act"
 )
-UNET_ALWAYS = {
+UNET_ALWAYS = dict.fromkeys(NOTHING.split()) | {
+    **dict.fromkeys(SWITCHED_OFF.split(), False),
+    **dict.fromkeys(("attention_type", "resnet_time_scale_shift"), "default"),
+    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), 3),
+    **dict.fromkeys(("transformer_layers_per_block", "downsample_padding"), 1),
+    **dict.fromkeys(("mid_block_scale_factor", "resnet_out_scale_factor"), 1),
     "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "transformer_layers_per_block": 1,
-    "attention_type": "default",
+    "time_embedding_type": "positional",
     "act_fn": "silu",
     "norm_eps": 1e-5,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
-    "downsample_padding": 1,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "mid_block_scale_factor": 1,
-    "resnet_time_scale_shift": "default",
-    "resnet_out_scale_factor": 1.0,
-    "time_embedding_type": "positional",
-    **dict.fromkeys(NOTHING.split()),
-    **dict.fromkeys(SWITCHED_OFF.split(), False),
 }
-
-
 VAE_ALWAYS = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "act_fn": "silu",
+    **dict.fromkeys(("shift_factor", "latents_mean", "latents_std")),
+    **dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), True),
+    **dict.fromkeys(("in_channels", "out_channels"), 3),
     "mid_block_add_attention": True,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
+    "act_fn": "silu",
 }
 CLIP_ALWAYS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 SCHEDULE_ALWAYS = {"thresholding": False}
+
+
+BOTH = {"layers_per_block": "blocks", "norm_num_groups": "groups"}  # theirs -> ours
+UNET_SIZES = BOTH | {"cross_attention_dim": "context_width"}
+UNET_SIZES |= {"in_channels": "in_channels", "out_channels": "out_channels"}
+VAE_SIZES = BOTH | {"latent_channels": "latent_channels"}
+TOWER_SIZES = {"hidden_size": "width", "num_hidden_layers": "layers"}
+TOWER_SIZES |= {"num_attention_heads": "heads"}
+TEXT_SIZES = {"max_position_embeddings": "positions", "vocab_size": "vocab"}
+TEXT_SIZES |= TOWER_SIZES
+IMAGE_SIZES = TOWER_SIZES | {"image_size": "size", "patch_size": "patch"}
+# What a file tells of -> what holds always, and the sizes that it gives.
+MODELS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "unet": (UNET_ALWAYS, UNET_SIZES),
+    "vae": (VAE_ALWAYS, VAE_SIZES),
+    "text encoder": (CLIP_ALWAYS, TEXT_SIZES),
+    "image tower": (CLIP_ALWAYS, IMAGE_SIZES),
+    "scheduler": (SCHEDULE_ALWAYS, {}),
+}
+UNSAID = {"norm_num_groups": 32, "num_train_timesteps": 1000}
 SAME = {"swish": "silu"}  # two names of one function
 HINTS = {  # what a file with such a key probably is
     "addition_embed_type": "this is the U-Net of SDXL",
@@ -105,73 +77,84 @@ HINTS = {  # what a file with such a key probably is
 LARGEST = 2**20  # of any size in a file
 
 
-def one(value: object) -> object:
+def one(value: Any) -> Any:
     """[x, x, x] -> x: newer files say once what older ones say for every level."""
     same = isinstance(value, list) and value and all(x == value[0] for x in value)
     value = value[0] if same else value
     return SAME.get(value, value) if isinstance(value, str) else value
 
 
-def refuse_others(
-    content: Mapping, always: Mapping[str, object], part: str, hint: str = ""
-) -> None:
-    """Complain about the first key that asks for what our class does not do."""
-    for key, value in always.items():
-        if one(content.get(key, value)) != value:
-            raise ValueError(
-                f"{part} config: {key} is {content[key]!r}, but sdlearn knows only "
-                f"{value!r} here: {HINTS.get(key, 'take another model')}"
-            )
+def unfit(part: str, key: str, value: object, why: str) -> ValueError:
+    return ValueError(f"{part} config: {key} is {value!r}, but {why}")
 
 
 def number(content: Mapping, key: str, part: str) -> int:
     """A whole number above 0."""
-    value = one(content.get(key))
-    if type(value) is not int or not 0 < value <= LARGEST:
-        why = "a whole number above 0 is wanted"
-        if isinstance(value, list) and all(type(x) is int for x in value):
-            why = "sdlearn's levels all have the same number: take another model"
-        elif type(value) is int and value > LARGEST:
-            why = f"at most {LARGEST:,} is possible"
-        raise ValueError(f"{part} config: {key} is {content.get(key)!r}, but {why}")
-    return value
+    value = one(content.get(key, UNSAID.get(key)))
+    if type(value) is int and 0 < value <= LARGEST:
+        return value
+    why = "a whole number above 0 is wanted"
+    if isinstance(value, list) and all(type(x) is int for x in value):
+        why = "sdlearn's levels all have the same number: take another model"
+    elif type(value) is int and value > LARGEST:
+        why = f"at most {LARGEST:,} is possible"
+    raise unfit(part, key, content.get(key), why)
 
 
-def numbers(
-    content: Mapping, key: str, part: str, count: int | None = None
-) -> tuple[int, ...]:
+def numbers(content: Mapping, key: str, part: str, count: int = 0) -> tuple[int, ...]:
     """A list of whole numbers above 0; one number stands for `count` equal ones."""
     value = content.get(key)
     if count and type(value) is int:
         value = [value] * count
-    good = isinstance(value, list) and value
-    if not good or any(type(x) is not int or not 0 < x <= LARGEST for x in value):
+    found = value if isinstance(value, list) else []
+    if not found or any(type(x) is not int or not 0 < x <= LARGEST for x in found):
+        why = f"a list of whole numbers above 0 is wanted, none above {LARGEST:,}"
+        raise unfit(part, key, content.get(key), why)
+    if count and len(found) != count:
         raise ValueError(
-            f"{part} config: {key} is {content.get(key)!r}, but a list of whole "
-            "numbers "
-            f"above 0 is wanted, none above {LARGEST:,}"
+            f"{part} config: {key} has {len(found)} entries, but block_out_channels "
+            f"has {count}"
         )
-    if count and len(value) != count:
+    return tuple(found)
+
+
+def read(content: Mapping, part: str) -> dict[str, Any]:
+    """The sizes in a file, under our names, if it asks for nothing else than we do."""
+    always, sizes = MODELS[part]
+    for key, value in always.items():
+        if one(content.get(key, value)) != value:
+            hint = HINTS.get(key, "take another model")
+            why = f"sdlearn knows only {value!r} here: {hint}"
+            raise unfit(part, key, content[key], why)
+    return {ours: number(content, theirs, part) for theirs, ours in sizes.items()}
+
+
+def write(config: object, part: str) -> dict[str, Any]:
+    """The way back: our sizes under their names, and what holds always."""
+    always, sizes = MODELS[part]
+    return always | {theirs: getattr(config, ours) for theirs, ours in sizes.items()}
+
+
+def check_split(part: str, width: int, count: int, into: str) -> None:
+    """Heads, or groups, share the channels evenly."""
+    if width % count:
+        flat = part in ("text encoder", "image tower")
+        many = f"width {width} does" if flat else f"{width} channels do"
         raise ValueError(
-            f"{part} config: {key} has {len(value)} entries, but block_out_channels "
-            "has "
-            f"{count}"
+            f"{part} config: {many} not split into {count} {into}: the file is "
+            "damaged, take another copy"
         )
-    return tuple(value)
 
 
 def unet_from_json(content: Mapping) -> UNetConfig:
-    """`unet/config.json` -> ours. In SD 1, attention_head_dim is the number of
-    heads."""
-    refuse_others(content, UNET_ALWAYS, "unet")
+    """`unet/config.json` -> ours. In SD 1, attention_head_dim counts the heads."""
+    sizes = read(content, "unet")
     channels = numbers(content, "block_out_channels", "unet")
     known = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
     down, up = content.get("down_block_types"), content.get("up_block_types")
-    good = isinstance(down, list) and all(
-        isinstance(x, str) and x in known for x in down
-    )
-    mirrored = [x.replace("Down", "Up") for x in reversed(down)] if good else None
-    if not good or len(down) != len(channels) or up not in (None, mirrored):
+    kinds = down if isinstance(down, list) else []
+    fine = all(isinstance(kind, str) and kind in known for kind in kinds)
+    if not fine or len(kinds) != len(channels) or up not in (None, mirrored(kinds)):
         raise ValueError(
             f"unet config: blocks {down} down and {up} up for {len(channels)} levels; "
             "sdlearn knows (CrossAttn)DownBlock2D, one a level, and their mirror image"
@@ -179,138 +162,86 @@ def unet_from_json(content: Mapping) -> UNetConfig:
     key = "num_attention_heads" if content.get("num_attention_heads") else ""
     heads = numbers(content, key or "attention_head_dim", "unet", len(channels))
     for width, count in zip(channels, heads, strict=True):
-        if width % count:
-            raise ValueError(
-                f"unet config: {width} channels do not split into {count} heads: the "
-                "file "
-                "is damaged, take another copy"
-            )
-    return UNetConfig(
-        channels=channels,
-        attention=tuple(known[kind] for kind in down),
-        heads=heads,
-        blocks=number(content, "layers_per_block", "unet"),
-        context_width=number(content, "cross_attention_dim", "unet"),
-        in_channels=number(content, "in_channels", "unet"),
-        out_channels=number(content, "out_channels", "unet"),
-        groups=number({"norm_num_groups": 32} | content, "norm_num_groups", "unet"),
-    )
+        check_split("unet", width, count, "heads")
+    return UNetConfig(channels, tuple(known[kind] for kind in kinds), heads, **sizes)
+
+
+def mirrored(down: list[str]) -> list[str]:
+    """The kinds of blocks on the way up."""
+    return [kind.replace("Down", "Up") for kind in reversed(down)]
 
 
 def sample_size(content: Mapping) -> tuple[int, int]:
     """The height and width of the latents that a U-Net was trained on; 64 if unsaid."""
     size = content.get("sample_size")
-    if size is None or type(size) is int:
-        size = [64 if size is None else size] * 2
-    return numbers({"sample_size": size}, "sample_size", "unet", 2)
+    size = 64 if size is None else size
+    height, width = numbers({"sample_size": size}, "sample_size", "unet", 2)
+    return height, width
 
 
 def unet_to_json(config: UNetConfig, sample_size: int | list[int]) -> dict:
-    """Ours -> `unet/config.json`; sample_size: side, or height and width, of
-    latents."""
-    down = [
-        "CrossAttnDownBlock2D" if there else "DownBlock2D" for there in config.attention
-    ]
-    return {
+    """Ours -> `unet/config.json`; sample_size: of latents, a side or both."""
+    down = ["CrossAttn" * there + "DownBlock2D" for there in config.attention]
+    return write(config, "unet") | {
         "_class_name": "UNet2DConditionModel",
         "sample_size": sample_size,
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
         "down_block_types": down,
-        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)],
+        "up_block_types": mirrored(down),
         "block_out_channels": list(config.channels),
-        "layers_per_block": config.blocks,
         "attention_head_dim": list(config.heads),
-        "cross_attention_dim": config.context_width,
-        "norm_num_groups": config.groups,
-    } | UNET_ALWAYS
+    }
 
 
 def vae_from_json(content: Mapping) -> VAEConfig:
     """`vae/config.json` -> ours. SD 1's own file is older than the scaling_factor."""
-    refuse_others(content, VAE_ALWAYS, "vae")
+    sizes = read(content, "vae")
     channels = numbers(content, "block_out_channels", "vae")
-    groups = number({"norm_num_groups": 32} | content, "norm_num_groups", "vae")
     for width in channels:
-        if width % groups:
-            raise ValueError(
-                f"vae config: {width} channels do not split into {groups} groups: the "
-                "file "
-                "is damaged, take another copy"
-            )
-    for key, kind in {
-        "down_block_types": "DownEncoderBlock2D",
-        "up_block_types": "UpDecoderBlock2D",
-    }.items():
-        if content.get(key, wanted := [kind] * len(channels)) != wanted:
-            raise ValueError(
-                f"vae config: {key} is {content[key]}, but sdlearn knows only {kind}, "
-                "one "
-                "a level"
-            )
+        check_split("vae", width, sizes["groups"], "groups")
+    for key, kinds in vae_blocks(channels).items():
+        if content.get(key, kinds) != kinds:
+            why = f"sdlearn knows only {kinds[0]}, one a level"
+            raise unfit("vae", key, content[key], why)
     scale = content.get("scaling_factor", VAEConfig.scale)
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
-        raise ValueError(
-            f"vae config: scaling_factor is {scale!r}, but a number above 0 is wanted; "
-            "SD 1 has 0.18215"
-        )
-    return VAEConfig(
-        channels=channels,
-        blocks=number(content, "layers_per_block", "vae"),
-        latent_channels=number(content, "latent_channels", "vae"),
-        groups=groups,
-        scale=float(scale),
-    )
+        why = "a number above 0 is wanted; SD 1 has 0.18215"
+        raise unfit("vae", "scaling_factor", scale, why)
+    return VAEConfig(channels, scale=float(scale), **sizes)
+
+
+def vae_blocks(channels: tuple[int, ...]) -> dict[str, list[str]]:
+    """The kinds of blocks of a VAE."""
+    kinds = {"down": "DownEncoderBlock2D", "up": "UpDecoderBlock2D"}
+    return {f"{way}_block_types": [x] * len(channels) for way, x in kinds.items()}
 
 
 def vae_to_json(config: VAEConfig, sample_size: int) -> dict:
     """Ours -> `vae/config.json`; sample_size: the side of pictures in training."""
-    levels = len(config.channels)
-    return {
+    sizes = write(config, "vae") | vae_blocks(config.channels)
+    return sizes | {
         "_class_name": "AutoencoderKL",
         "sample_size": sample_size,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
         "block_out_channels": list(config.channels),
-        "layers_per_block": config.blocks,
-        "latent_channels": config.latent_channels,
-        "norm_num_groups": config.groups,
         "scaling_factor": config.scale,
-    } | VAE_ALWAYS
+    }
 
 
-TOWER = {  # ours -> theirs, in both towers of CLIP
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-}
-TEXT = TOWER | {"vocab": "vocab_size", "positions": "max_position_embeddings"}
-IMAGE = TOWER | {"size": "image_size", "patch": "patch_size"}
-
-
-def tower(content: Mapping, part: str, keys: Mapping[str, str]) -> dict[str, int]:
+def tower(content: Mapping, part: str) -> dict[str, int]:
     """The sizes of one tower, which has to be made of our layers."""
-    refuse_others(content, CLIP_ALWAYS, part)
-    sizes = {ours: number(content, theirs, part) for ours, theirs in keys.items()}
-    inner = content.get("intermediate_size")
-    if inner != 4 * sizes["width"]:
-        raise ValueError(
-            f"{part} config: intermediate_size is {inner}, but the layers of sdlearn's "
-            "CLIP "
-            f"are 4 times as wide inside, 4 x {sizes['width']} here: take another model"
+    sizes = read(content, part)
+    width, inner = sizes["width"], content.get("intermediate_size")
+    if inner != 4 * width:
+        why = (
+            f"the layers of sdlearn's CLIP are 4 times as wide inside, 4 x {width} here"
         )
-    if sizes["width"] % sizes["heads"]:
-        raise ValueError(
-            f"{part} config: width {sizes['width']} does not split into "
-            f"{sizes['heads']} "
-            "heads: the file is damaged, take another copy"
-        )
+        raise unfit(part, "intermediate_size", inner, f"{why}: take another model")
+    check_split(part, width, sizes["heads"], "heads")
     return sizes
 
 
 def text_from_json(content: Mapping) -> CLIPTextConfig:
     """`text_encoder/config.json`, or the `text_config` of a whole CLIP -> ours."""
-    return CLIPTextConfig(**tower(content, "text encoder", TEXT))
+    return CLIPTextConfig(**tower(content, "text encoder"))
 
 
 def clip_from_json(content: Mapping) -> tuple[CLIPTextConfig, CLIPImageConfig, int]:
@@ -319,37 +250,24 @@ def clip_from_json(content: Mapping) -> tuple[CLIPTextConfig, CLIPImageConfig, i
     if not isinstance(text, dict) or not isinstance(image, dict):
         raise ValueError(
             "clip config: text_config or vision_config is missing, but a whole "
-            "CLIPModel "
-            "is wanted"
+            "CLIPModel is wanted"
         )
     config = text_from_json(text)
     end = text.get("eos_token_id", config.vocab - 1)
     if end not in (config.vocab - 1, 2):  # older files say 2 and mean the largest id
-        raise ValueError(
-            f"clip config: eos_token_id is {end!r}, but the last of {config.vocab} "
-            "entries "
-            "is wanted, where the text's vector is taken"
-        )
-    seen = CLIPImageConfig(**tower(image, "image tower", IMAGE))
+        last = f"the last of {config.vocab} entries"
+        why = f"{last} is wanted, where the text's vector is taken"
+        raise unfit("clip", "eos_token_id", end, why)
+    seen = CLIPImageConfig(**tower(image, "image tower"))
     return config, seen, number(content, "projection_dim", "clip")
-
-
-def tower_to_json(
-    config: CLIPTextConfig | CLIPImageConfig, keys: Mapping[str, str], kind: str
-) -> dict:
-    """Either tower -> its part of a config.json."""
-    sizes = {theirs: getattr(config, ours) for ours, theirs in keys.items()}
-    return (
-        {"model_type": kind, "intermediate_size": 4 * config.width}
-        | sizes
-        | CLIP_ALWAYS
-    )
 
 
 def text_to_json(config: CLIPTextConfig, projection: int | None = None) -> dict:
     """Ours -> `text_encoder/config.json`; start and end are the last two entries."""
-    return tower_to_json(config, TEXT, "clip_text_model") | {
+    return write(config, "text encoder") | {
         "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "intermediate_size": 4 * config.width,
         "projection_dim": projection or config.width,
         "bos_token_id": config.vocab - 2,
         "eos_token_id": config.vocab - 1,
@@ -359,17 +277,20 @@ def text_to_json(config: CLIPTextConfig, projection: int | None = None) -> dict:
 
 def clip_to_json(text: CLIPTextConfig, image: CLIPImageConfig, projection: int) -> dict:
     """Ours -> the `config.json` of transformers' CLIPModel."""
-    more = {"num_channels": 3, "projection_dim": projection}
+    seen = {"model_type": "clip_vision_model", "intermediate_size": 4 * image.width}
+    seen |= {"num_channels": 3, "projection_dim": projection}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": projection,
         "text_config": text_to_json(text, projection),
-        "vision_config": tower_to_json(image, IMAGE, "clip_vision_model") | more,
+        "vision_config": write(image, "image tower") | seen,
     }
 
 
-BETAS = {"linear": linear, "scaled_linear": scaled_linear, "squaredcos_cap_v2": cosine}
+SLOPES = {"linear": linear, "scaled_linear": scaled_linear}  # by first and last beta
+BETAS = (*SLOPES, "squaredcos_cap_v2")
+SPACINGS = ("leading", "trailing", "linspace")
 LINSPACE = "Euler|Heun|LMS|KDPM2|DPMSolver|UniPC|DEIS"  # what these take if unsaid
 
 
@@ -377,79 +298,61 @@ def choose(content: Mapping, key: str, known: Mapping | tuple, unsaid: str) -> s
     """The value of a key, one of those that we know."""
     value = content.get(key, unsaid)
     if not isinstance(value, str) or value not in known:
-        raise ValueError(
-            f"scheduler config: {key} is {value!r}, but sdlearn knows only "
-            f"{', '.join(known)}: take another model"
-        )
+        why = f"sdlearn knows only {', '.join(known)}: take another model"
+        raise unfit("scheduler", key, value, why)
+    return value
+
+
+def switch(content: Mapping, key: str, unsaid: bool) -> bool:
+    """The value of a key that is true or false."""
+    value = content.get(key, unsaid)
+    if type(value) is not bool:
+        raise unfit("scheduler", key, value, "true or false is wanted")
     return value
 
 
 def table_of_betas(content: Mapping) -> torch.Tensor:
     """The betas of a scheduler's file: (steps,) float32."""
     start, end = content.get("beta_start", 0.0001), content.get("beta_end", 0.02)
-    trained, zero = content.get("trained_betas"), content.get("rescale_betas_zero_snr")
-    if zero not in (None, False, True):
-        raise ValueError(
-            f"scheduler config: rescale_betas_zero_snr is {zero!r}, but true or false "
-            "is "
-            "wanted"
-        )
-    steps = number(
-        {"num_train_timesteps": 1000} | content, "num_train_timesteps", "scheduler"
-    )
+    trained, key = content.get("trained_betas"), "rescale_betas_zero_snr"
+    zero = content.get(key) is not None and switch(content, key, False)
+    steps = number(content, "num_train_timesteps", "scheduler")
     kind = choose(content, "beta_schedule", BETAS, "linear")
     listed = [start, end] if trained is None else trained
-    if not isinstance(listed, list) or not all(
-        type(beta) in (int, float) and 0 < beta <= 1 for beta in listed
-    ):
+    good = isinstance(listed, list) and all(type(x) in (int, float) for x in listed)
+    if not good or not all(0 < beta <= 1 for beta in listed):
         raise ValueError(
             f"scheduler config: betas {str(listed)[:40]}, but numbers above 0 and at "
-            "most "
-            "1 are wanted: the file is damaged, take another copy"
+            "most 1 are wanted: the file is damaged, take another copy"
         )
     if steps < 2:
-        raise ValueError(
-            f"scheduler config: num_train_timesteps is {steps}, but at least 2 are "
-            "wanted"
-        )
-    if trained is not None and len(trained) != steps:
-        raise ValueError(
-            f"scheduler config: {len(trained)} trained_betas for {steps} steps: the "
-            "file "
-            "is damaged, take another copy"
-        )
-    if trained is not None:
+        raise unfit("scheduler", "num_train_timesteps", steps, "at least 2 are wanted")
+    if trained is None:
+        betas = SLOPES[kind](steps, start, end) if kind in SLOPES else cosine(steps)
+    elif len(trained) == steps:
         betas = torch.tensor(trained, dtype=torch.float32)
     else:
-        betas = cosine(steps) if kind not in SLOPES else BETAS[kind](steps, start, end)
-    return zero_terminal_snr(betas) if zero is True else betas
-
-
-SLOPES = ("linear", "scaled_linear")  # given by their first and last beta
-SPACINGS = ("leading", "trailing", "linspace")
+        raise ValueError(
+            f"scheduler config: {len(trained)} trained_betas for {steps} steps: the "
+            "file is damaged, take another copy"
+        )
+    return zero_terminal_snr(betas) if zero else betas
 
 
 def schedule_from_json(content: Mapping) -> tuple[Schedule, Prediction]:
     """`scheduler/scheduler_config.json` -> the schedule, and what the network answers.
 
     The sampler that it names is not taken over: one chooses it anew. A key that is
-    absent
-    means what that sampler's class in diffusers then takes; like its pipeline for
-    Stable
-    Diffusion we take an offset of 1 and clip no samples, whatever the file says.
+    absent means what that sampler's class in diffusers then takes; like its pipeline
+    for Stable Diffusion we take an offset of 1 and clip no samples, whatever it says.
     """
-    refuse_others(content, SCHEDULE_ALWAYS, "scheduler")
+    read(content, "scheduler")
     sampler = str(content.get("_class_name", ""))
     if sampler == "DDPMScheduler":
         small = ("fixed_small", "fixed_small_log")
         choose(content, "variance_type", small, "fixed_small")
     unsaid = "linspace" if re.match(LINSPACE, sampler) else "leading"
-    clean = content.get("set_alpha_to_one", sampler != "PNDMScheduler")
-    if type(clean) is not bool:
-        raise ValueError(
-            f"scheduler config: set_alpha_to_one is {clean!r}, but true or false is "
-            "wanted"
-        )
+    clean = switch(content, "set_alpha_to_one", sampler != "PNDMScheduler")
     spacing = choose(content, "timestep_spacing", SPACINGS, unsaid)
     prediction = choose(content, "prediction_type", PREDICTIONS, "epsilon")
     schedule = Schedule(table_of_betas(content), spacing, 1, clean)
@@ -462,13 +365,14 @@ def schedule_to_json(schedule: Schedule, prediction: Prediction) -> dict:
     A straight table of betas is written as its two ends, any other one as it is.
     """
     betas = schedule.betas
-    found = {"beta_schedule": "linear", "trained_betas": betas.tolist()}
-    for kind in SLOPES:
-        ends = round(betas[0].item(), 8), round(betas[-1].item(), 8)
-        if torch.equal(BETAS[kind](len(betas), *ends), betas):
+    start, end = round(betas[0].item(), 8), round(betas[-1].item(), 8)
+    found: dict[str, Any] = {"beta_schedule": "linear", "trained_betas": betas.tolist()}
+    for kind, slope in SLOPES.items():
+        if torch.equal(slope(len(betas), start, end), betas):
             found = {"beta_schedule": kind, "trained_betas": None}
-            found |= {"beta_start": ends[0], "beta_end": ends[1]}
+            found |= {"beta_start": start, "beta_end": end}
             break
+    found |= SCHEDULE_ALWAYS
     return found | {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": len(betas),
@@ -477,5 +381,4 @@ def schedule_to_json(schedule: Schedule, prediction: Prediction) -> dict:
         "steps_offset": schedule.offset,
         "set_alpha_to_one": schedule.ends_clean,
         "clip_sample": False,
-        "thresholding": False,
     }

@@ -5,34 +5,6 @@ Exported from book/11_weights.ipynb by `make export`; edit it there.
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-__all__ = [
-    "Rules",
-    "rename",
-    "CLIP_RULES",
-    "VAE_RULES",
-    "TRANSFORMER_RULES",
-    "unet_rules",
-    "LDM_RESNET",
-    "ldm_unet_rules",
-    "ldm_vae_rules",
-    "clip_name",
-    "VAE_ATTENTION",
-    "PREFIXES",
-    "spelling",
-    "spell_all",
-    "KINDS",
-    "CALLED",
-    "recognise",
-    "called",
-    "CHANNELS",
-    "FIRST",
-    "variant",
-    "TABLE",
-    "IGNORED",
-    "why_ignored",
-    "averaged_name",
-]
-
 # (pattern, replacement), applied one after the other
 Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]
 
@@ -85,22 +57,16 @@ def unet_rules(blocks: int) -> Rules:
     )
 
 
-LDM_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
+LDM_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2"}
+LDM_RESNET |= {"norm2": "out_layers.0", "conv2": "out_layers.3"}
+LDM_RESNET |= {"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
 
 
 def ldm_unet_rules(blocks: int, attention: Sequence[bool]) -> Rules:
     """Ours -> CompVis'. attention: which levels have transformers.
 
     Their `input_blocks` begin with conv_in; `output_blocks` contain the upsamplers,
-    after
-    the attention if there is one.
+    after the attention if there is one.
     """
     inside = {"resnet": "0.", "attention": "1.", "conv": "0.op."}
 
@@ -116,11 +82,9 @@ def ldm_unet_rules(blocks: int, attention: Sequence[bool]) -> Rules:
     def twice(pattern: str, theirs: str, less: int) -> tuple:
         return (pattern, lambda match: f"{theirs}.{2 * (int(match[1]) - less)}")
 
+    inner = rf"(resnet|resnets\.\d)\.({'|'.join(LDM_RESNET)})\."
     return (
-        (
-            rf"(resnet|resnets\.\d)\.({'|'.join(LDM_RESNET)})\.",
-            lambda match: f"{match[1]}.{LDM_RESNET[match[2]]}.",
-        ),
+        (inner, lambda match: f"{match[1]}.{LDM_RESNET[match[2]]}."),
         (r"^(down|up)\.(\d+)\.(resnet|attention|conv)\.", place),
         twice(r"^middle\.resnets\.(\d)", "middle_block", 0),
         (r"^middle\.attention", "middle_block.1"),
@@ -133,8 +97,7 @@ def ldm_unet_rules(blocks: int, attention: Sequence[bool]) -> Rules:
 
 
 def ldm_vae_rules(levels: int) -> Rules:
-    """Ours -> CompVis'. Their `decoder.up` counts from the picture: the last runs
-    first."""
+    """Ours -> CompVis'. Their `decoder.up` counts from the picture, against time."""
     return (
         (r"middle\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
         (r"middle\.attention\.group_norm", "mid.attn_1.norm"),
@@ -162,15 +125,11 @@ VAE_ATTENTION = (  # each line: what it has been called over the years
     ("to_v", "value", "v"),
     ("to_out.0", "to_out", "proj_attn", "proj_out"),
 )
+LDM_TEXT = "cond_stage_model.transformer."
 PREFIXES = {  # how the names of a network may begin, alone or with others
     "unet": ("model.diffusion_model.", "unet.", ""),
     "vae": ("first_stage_model.", "vae.", ""),
-    "text_encoder": (
-        "cond_stage_model.transformer.text_model.",
-        "cond_stage_model.transformer.",
-        "text_model.",
-        "",
-    ),
+    "text_encoder": (f"{LDM_TEXT}text_model.", LDM_TEXT, "text_model.", ""),
 }
 
 
@@ -216,10 +175,8 @@ KINDS = {  # what a file is -> a sign in its names; the first that occurs decide
     "CLIP": r"^vision_model\.",
     "text encoder": r"^(text_model\.)?encoder\.layers\.",
 }
-CALLED = {  # in a sentence; the others take "a"
-    "SD 1": "a Stable Diffusion 1",
-    "SD 2": "a Stable Diffusion 2",
-    "SD 3": "a Stable Diffusion 3",
+CALLED = {f"SD {n}": f"a Stable Diffusion {n}" for n in (1, 2, 3)}
+CALLED |= {  # in a sentence; the others take "a"
     "SDXL": "an SDXL model",
     "IP-Adapter": "an IP-Adapter",
     "U-Net": "a U-Net alone",
@@ -230,8 +187,7 @@ CALLED = {  # in a sentence; the others take "a"
 
 
 def recognise(names: Iterable[str]) -> str:
-    """What a file is, told from the names of its tensors: a key of KINDS, or
-    unknown."""
+    """What a file is, told from its tensors' names: a key of KINDS, or unknown."""
     text = "\n".join(names)
     signs = (kind for kind, sign in KINDS.items() if re.search(f"(?m){sign}", text))
     return next(signs, "unknown")
@@ -243,16 +199,12 @@ def called(kind: str) -> str:
     return CALLED.get(word, f"a {word}")
 
 
-CHANNELS = {  # that a U-Net takes in -> what such a model is for
-    5: "depth",
-    7: "an upscaler",
-    8: "instruct-pix2pix",
-    9: "inpainting",
-}
+# The channels that a U-Net takes in -> what such a model is for.
+CHANNELS = {5: "depth", 7: "an upscaler", 8: "instruct-pix2pix", 9: "inpainting"}
 FIRST = ("model.diffusion_model.input_blocks.0.0", "input_blocks.0.0", "conv_in")
 
 
-def variant(entries: Mapping[str, tuple]) -> str:
+def variant(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
     """What a U-Net was made for, if not for noisy latents, time and text alone.
 
     entries: type and shape of each tensor.

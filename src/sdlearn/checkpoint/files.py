@@ -1,5 +1,4 @@
-"""A checkpoint file -> names, types and shapes at once, numbers when they are asked
-for.
+"""A checkpoint file -> names, types and shapes; numbers when they are asked for.
 
 Nothing in a file is ever run, and whatever is wrong with one is a single sentence. Only
 pickles need torch here, so the header of a .safetensors file is told at once.
@@ -10,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import pickletools
+import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -39,65 +40,47 @@ WEIGHTS = [  # of one part of a model's folder, in the order in which we look fo
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 WEIGHTLESS = ("tokenizer", "scheduler", "feature_extractor")
-TYPES = {  # where the header's word is not torch's without its dot
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "C64": "complex64",
-    "BOOL": "bool",
+TYPES = dict(  # where the header's word is not torch's without its dot
+    pair.split("=")
+    for pair in "F64=float64 F32=float32 F16=float16 BF16=bfloat16 C64=complex64 "
+    "F8_E4M3=float8_e4m3fn F8_E5M2=float8_e5m2 F8_E8M0=float8_e8m0fnu BOOL=bool".split()
+)
+OTHERS = {  # the first bytes of a file -> what it is: what to do
+    b"version https://git-lfs": "a git-lfs pointer, a note that stands for the file: "
+    "run `git lfs pull`",
+    b"\x1f\x8b": "packed with gzip: unpack it",
+    b"BZh": "packed with bzip2: unpack it",
+    b"\xfd7zXZ": "packed with xz: unpack it",
+    b"7z\xbc\xaf": "packed with 7-Zip: unpack it",
+    b"Rar!": "packed with RAR: unpack it",
+    b"\x28\xb5\x2f\xfd": "packed with zstd: unpack it",
+    b"GGUF": "a GGUF file, whose weights are quantised: take the .safetensors file",
+    b"\x89HDF": "an HDF5 file, as Keras writes it: take the .safetensors file",
+    b"\x89PNG": "a picture: give the model's file",
+    b"\xff\xd8\xff": "a picture: give the model's file",
 }
-OTHERS = {  # the first bytes of a file -> what it is, what to do
-    b"version https://git-lfs": (
-        "a git-lfs pointer, a note that stands for the file",
-        "run `git lfs pull`",
-    ),
-    b"\x1f\x8b": ("packed with gzip", "unpack it"),
-    b"BZh": ("packed with bzip2", "unpack it"),
-    b"\xfd7zXZ": ("packed with xz", "unpack it"),
-    b"7z\xbc\xaf": ("packed with 7-Zip", "unpack it"),
-    b"Rar!": ("packed with RAR", "unpack it"),
-    b"\x28\xb5\x2f\xfd": ("packed with zstd", "unpack it"),
-    b"GGUF": ("a GGUF file, whose weights are quantised", "take the .safetensors file"),
-    b"\x89HDF": ("an HDF5 file, as Keras writes it", "take the .safetensors file"),
-    b"\x89PNG": ("a picture", "give the model's file"),
-    b"\xff\xd8\xff": ("a picture", "give the model's file"),
-}
-NEEDED = {  # all that a pickle of tensors names, beside torch's storages and types
-    "collections.OrderedDict",
-    "collections.Counter",
-    "torch.Size",
-    "torch.device",
-    "torch._utils._rebuild_tensor",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_tensor_v3",
-    "torch._utils._rebuild_parameter",
-    "torch.nn.parameter.Parameter",
-    "torch.storage.UntypedStorage",
-    "builtins.set",
-    "_codecs.encode",
-}
+NEEDED = set(  # what a pickle of tensors names, beside torch's storages and types
+    "collections.OrderedDict collections.Counter torch.Size torch.device "
+    "_codecs.encode torch._utils._rebuild_tensor torch._utils._rebuild_tensor_v2 "
+    "builtins.set torch._utils._rebuild_tensor_v3 torch._utils._rebuild_parameter "
+    "torch.nn.parameter.Parameter torch.storage.UntypedStorage".split()
+)
 NUMPY = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")
 
 
 class Entry(NamedTuple):
-    """What is known of a tensor before its numbers are read: dtype as torch calls
-    it."""
+    """What is known of a tensor before its numbers are read."""
 
-    dtype: str
+    dtype: str  # as torch calls it
     shape: tuple[int, ...]
 
 
 class Reader:
-    """One file, mapped anew after every twenty-fifth of it: so its pages leave
-    memory."""
+    """One file, mapped anew after every twenty-fifth of it: its pages leave memory."""
 
     def __init__(self, path: Path, opened: Callable[[], Callable[[str], torch.Tensor]]):
-        self.bytes = path.stat().st_size
-        self._opened, self._get, self._read = opened, None, 0
+        self.bytes, self._opened, self._read = path.stat().st_size, opened, 0
+        self._get: Callable[[str], torch.Tensor] | None = None
 
     def __call__(self, name: str) -> torch.Tensor:
         if self._get is None or self._read > max(self.bytes / 25, 2**22):
@@ -108,30 +91,27 @@ class Reader:
         return tensor
 
 
+@dataclass(eq=False)
 class Tensors(Mapping[str, "torch.Tensor"]):
     """Tensors by name, from one file or several; the numbers are read when asked for.
 
-    entries: types and shapes. foreign: what a pickle names beside tensors. A tensor is
-    a
-    view of its file: copy it and let it go, then its pages do not stay in memory.
+    A tensor is a view of its file: copy it and let it go, then its pages do not stay in
+    memory.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        form: str,
-        entries: dict[str, Entry],
-        readers: Mapping[str, Reader],
-        metadata: dict[str, str] | None = None,
-        foreign: Iterable[str] = (),
-    ):
-        self.path, self.format, self.entries = path, form, entries
-        self.metadata, self.foreign = metadata or {}, list(foreign)
-        self._readers = {name: readers[name] for name in entries}
-        self.bytes = sum(reader.bytes for reader in set(self._readers.values()))
+    path: Path
+    format: str
+    entries: dict[str, Entry]  # types and shapes
+    readers: Mapping[str, Reader]
+    metadata: dict[str, str] = field(default_factory=dict)
+    foreign: list[str] = field(default_factory=list)  # named by a pickle beside tensors
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.bytes for x in {self.readers[name] for name in self.entries})
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._readers[name](name)
+        return self.readers[name](name)
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
@@ -145,8 +125,7 @@ class Tensors(Mapping[str, "torch.Tensor"]):
     def only(self, wanted: Callable[[str], object]) -> Tensors:
         """Those whose name is wanted."""
         some = {name: entry for name, entry in self.entries.items() if wanted(name)}
-        more = self._readers, self.metadata, self.foreign
-        return Tensors(self.path, self.format, some, *more)
+        return replace(self, entries=some)
 
 
 def clean(text: object, longest: int = 60) -> str:
@@ -170,6 +149,12 @@ def damaged(path: Path, why: object) -> ValueError:
     )
 
 
+def unreadable(path: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"{path} cannot be read ({error.strerror}): copy it to where you may read it"
+    )
+
+
 def read_tensors(path: str | Path) -> Tensors:
     """The tensors of a .safetensors file, or of a pickle (.ckpt, .bin, .pt, .pth)."""
     path = Path(path)
@@ -178,10 +163,7 @@ def read_tensors(path: str | Path) -> Tensors:
         with path.open("rb") as file:
             head = file.read(4096)
     except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}): copy it to where you may read "
-            "it"
-        ) from None
+        raise unreadable(path, error) from None
     tensors = read_as(form_of(path, head), path)
     if not tensors:
         raise ValueError(
@@ -196,46 +178,36 @@ def read_tensors(path: str | Path) -> Tensors:
 def form_of(path: Path, head: bytes) -> str:
     """How a file is to be read: its first bytes tell, not its name."""
     safe_name = path.suffix.lower() in SAFE
-    if not head:
-        raise ValueError(f"{path} is empty, but {WANTED}: download it again")
     if head[5:8] == b"\0\0\0" and (safe_name or head[8:9] == b"{"):
-        if not safe_name:
-            raise ValueError(
-                f"{path} holds .safetensors under another name: rename it, so that its "
-                "name ends so"
-            )
-        return ".safetensors"
-    for magic, (what, advice) in OTHERS.items():
-        if head.startswith(magic):
-            raise ValueError(f"{path} is {what}, but {WANTED}: {advice}")
-    if head[:2] == b"PK" or head[:1] == b"\x80":
         if safe_name:
-            raise ValueError(
-                f"{path} holds a pickle (.ckpt) under another name: rename it, so that "
-                "it "
-                "ends in .ckpt"
-            )
-        return ".ckpt" if head[:2] == b"PK" else ".ckpt (old)"
-    text = all(32 <= byte < 127 or byte in b"\t\n\r" for byte in head[:64])
-    if text and head.lstrip().startswith(b"<"):
+            return ".safetensors"
         raise ValueError(
-            f"{path} is a web page, but {WANTED}: download the file itself, not the "
-            "page "
-            "about it"
+            f"{path} holds .safetensors under another name: rename it, so that its "
+            "name ends so"
         )
-    if text:
-        raise ValueError(f"{path} is text, but {WANTED}: give the model's file")
-    if safe_name:
+    other = next((x for magic, x in OTHERS.items() if head.startswith(magic)), "")
+    if not other and (head[:2] == b"PK" or head[:1] == b"\x80"):
+        if not safe_name:
+            return ".ckpt" if head[:2] == b"PK" else ".ckpt (old)"
+        raise ValueError(
+            f"{path} holds a pickle (.ckpt) under another name: rename it, so that it "
+            "ends in .ckpt"
+        )
+    if not other and not head:
+        other = "empty: download it again"
+    elif not other and all(32 <= byte < 127 or byte in b"\t\n\r" for byte in head[:64]):
+        other = "text: give the model's file"
+        if head.lstrip().startswith(b"<"):
+            other = "a web page: download the file itself, not the page about it"
+    elif not other and safe_name:
         return ".safetensors"
-    raise ValueError(
-        f"{path} is no checkpoint, or is damaged from its first byte on, but {WANTED}: "
-        "download it again"
-    )
+    unknown = "no checkpoint, or is damaged from its first byte on: download it again"
+    what, advice = (other or unknown).split(": ")
+    raise ValueError(f"{path} is {what}, but {WANTED}: {advice}")
 
 
 def read_as(form: str, path: Path) -> Tensors:
-    """The tensors of a file whose form is known; the library's complaint as a
-    sentence."""
+    """The tensors of a file in this form; the library's complaint as a sentence."""
     if form != ".safetensors":
         return read_pickle(path, form)
     try:
@@ -245,10 +217,10 @@ def read_as(form: str, path: Path) -> Tensors:
                 name: Entry(type_of(x.get_dtype()), tuple(x.get_shape()))
                 for name, x in slices.items()
             }
-            metadata = file.metadata()
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        why = str(error).removeprefix("Error while deserializing header: ")
-        raise damaged(path, why) from None
+        said = str(error).removeprefix("Error while deserializing header: ")
+        raise damaged(path, said) from None
     reader = Reader(path, lambda: safe_open(path, "pt").get_tensor)
     return Tensors(path, form, entries, dict.fromkeys(entries, reader), metadata)
 
@@ -259,8 +231,7 @@ def type_of(word: str) -> str:
 
 
 def read_pickle(path: Path, form: str) -> Tensors:
-    """A .ckpt: read by torch, which builds tensors and calls nothing of the file's
-    choice.
+    """A .ckpt: read by torch, which builds tensors and calls nothing the file chooses.
 
     What else a pickle names is replaced by something that takes everything and does
     nothing, so that a file is described even where it is not to be trusted.
@@ -274,6 +245,7 @@ def read_pickle(path: Path, form: str) -> Tensors:
     if acts := [name for name in foreign if name in called and name not in NUMPY]:
         raise acting(path, acts[0])
     ignore = {"__init__": lambda *_, **__: None, "__setstate__": lambda *_: None}
+    inert: list[Callable | tuple[Callable, str]]
     inert = [(type("Inert", (), dict(ignore)), name) for name in foreign]
 
     def content() -> dict[str, torch.Tensor]:
@@ -294,17 +266,16 @@ def read_pickle(path: Path, form: str) -> Tensors:
         name: Entry(str(x.dtype).removeprefix("torch."), tuple(x.shape))
         for name, x in tensors.items()
     }
-    if form == ".ckpt":
-        tensors = None  # it is mapped again; the others lie in memory already
-    reader = Reader(path, lambda: (content() if tensors is None else tensors).get)
-    return Tensors(path, form, entries, dict.fromkeys(entries, reader), None, foreign)
+    kept = None if form == ".ckpt" else tensors  # a zip is mapped again
+    reader = Reader(path, lambda: (content() if kept is None else kept).__getitem__)
+    return Tensors(path, form, entries, dict.fromkeys(entries, reader), {}, foreign)
 
 
 def acting(path: Path, name: str) -> ValueError:
     return ValueError(
         f"{path} is a pickle that runs code when it is opened (it calls "
-        f"{clean(name)}); "
-        "nothing of it was run: do not use it, take the .safetensors file"
+        f"{clean(name)}); nothing of it was run: do not use it, take the .safetensors "
+        "file"
     )
 
 
@@ -332,42 +303,29 @@ def flat(content: object, path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def check_zip(path: Path) -> tuple[set[str], set[str]]:
-    """What the pickle in a zip names and calls; torch writes one pickle and a file a
-    storage."""
+    """What the pickle in a zip names and calls; torch writes one, a file a storage."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
-            pickles = [
-                n for n in entries if n.count("/") == 1 and n.endswith("/data.pkl")
-            ]
-            if len(pickles) != 1:
-                raise ValueError(
-                    f"{path} is a zip archive, but holds no checkpoint: unpack it and "
-                    "give "
-                    "what is in it"
-                )
-            if pickles[0].replace("data.pkl", "constants.pkl") in entries:
-                raise ValueError(
-                    f"{path} holds a program (TorchScript), but {WANTED}: take the "
-                    "weights "
-                    "alone"
-                )
+            places = [n for n in entries if re.fullmatch(r"[^/]*/data\.pkl", n)]
+            place = places[0] if len(places) == 1 else ""
             size = sum(entry.file_size for entry in entries.values())
-            if size > 2 * path.stat().st_size + LARGEST_PICKLE:
-                raise ValueError(
-                    f"{path} unfolds to {human(size)} (a zip bomb?): do not use it, "
-                    "take "
-                    "another copy"
-                )
-            if any(x.compress_type != zipfile.ZIP_STORED for x in entries.values()):
-                raise ValueError(
-                    f"{path} was packed a second time, after torch wrote it: take "
-                    "another "
-                    "copy"
-                )
-            if entries[pickles[0]].file_size > LARGEST_PICKLE:
+            kinds = {entry.compress_type for entry in entries.values()}
+            for sentence, wrong in {
+                "is a zip archive, but holds no checkpoint: unpack it and give what is "
+                "in it": not place,
+                f"holds a program (TorchScript), but {WANTED}: take the weights "
+                "alone": place.replace("data.pkl", "constants.pkl") in entries,
+                f"unfolds to {human(size)} (a zip bomb?): do not use it, take another "
+                "copy": size > 2 * path.stat().st_size + LARGEST_PICKLE,
+                "was packed a second time, after torch wrote it: take another "
+                "copy": kinds != {zipfile.ZIP_STORED},
+            }.items():
+                if wrong:
+                    raise ValueError(f"{path} {sentence}")
+            if entries[place].file_size > LARGEST_PICKLE:
                 raise damaged(path, "its table of tensors is absurdly long")
-            with archive.open(pickles[0]) as file:
+            with archive.open(place) as file:
                 return check_steps(path, file)
     except Exception as error:  # damaged bytes fail in many ways
         if str(error).startswith(str(path)):
@@ -386,14 +344,15 @@ def check_pickles(path: Path) -> tuple[set[str], set[str]]:
     return named, called
 
 
-def check_steps(path: Path, file: BinaryIO) -> tuple[set[str], set[str]]:
+def check_steps(path: Path, file: IO[bytes]) -> tuple[set[str], set[str]]:
     """All that a pickle names, and what of it it calls; told from its steps, none of
     which is taken: pickletools knows what each takes from the stack and leaves there.
 
     Tuples of tuples of tuples take for ever to hash, so each is weighed.
     """
-    named, called, stack, memo = set(), set(), [], {}
-    mark, full = pickletools.markobject, lambda words: ".".join(map(str, words))
+    named, called, mark = set(), set(), pickletools.markobject
+    stack: list[Any] = []
+    memo: dict[Any, Any] = {}
     try:
         for count, (step, argument, place) in enumerate(pickletools.genops(file)):
             if count > MOST_STEPS or (place or 0) > LARGEST_PICKLE:
@@ -404,7 +363,8 @@ def check_steps(path: Path, file: BinaryIO) -> tuple[set[str], set[str]]:
             if "GET" in step.name:
                 stack.append(memo[argument])
                 continue
-            taken, wanted = [], list(step.stack_before)
+            taken: list[Any] = []
+            wanted = list(step.stack_before)
             if mark in wanted:
                 while (top := stack.pop()) is not mark:
                     taken.insert(0, top)
@@ -412,8 +372,8 @@ def check_steps(path: Path, file: BinaryIO) -> tuple[set[str], set[str]]:
             taken = [stack.pop() for _ in wanted][::-1] + taken
             left = argument if isinstance(argument, str) else 1
             if step.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
-                words = full(taken) if argument is None else argument.replace(" ", ".")
-                left = words.replace("__builtin__.", "builtins.")
+                words = map(str, taken) if argument is None else argument.split(" ")
+                left = ".".join(words).replace("__builtin__.", "builtins.")
                 named.add(left)
             if step.name in ("REDUCE", "INST", "OBJ") or "NEWOBJ" in step.name:
                 called.add(str(taken[0] if taken and step.name != "INST" else left))
@@ -452,18 +412,16 @@ def read_shards(index: Path) -> Tensors:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise damaged(index, "it has no weight_map")
-    files = {}
     for name, file in places.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise damaged(index, f"it says {clean(file)} for {clean(name)}")
-        files.setdefault(file, None)
-    files = {file: read_tensors(index.parent / file) for file in files}
+    files = {x: read_tensors(index.parent / x) for x in dict.fromkeys(places.values())}
     for name, file in places.items():
         if name not in files[file]:
             raise damaged(index.parent / file, f"it lacks the tensor {clean(name)}")
     first = next(iter(files.values()))
     entries = {name: files[file].entries[name] for name, file in places.items()}
-    readers = {name: files[file]._readers[name] for name, file in places.items()}
+    readers = {name: files[file].readers[name] for name, file in places.items()}
     foreign = [name for file in files.values() for name in file.foreign]
     return Tensors(index, first.format, entries, readers, first.metadata, foreign)
 
@@ -475,10 +433,7 @@ def read_index(folder: Path) -> dict:
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
-        raise ValueError(
-            f"{folder} cannot be read ({error.strerror}): copy it to where you may "
-            "read it"
-        ) from None
+        raise unreadable(folder, error) from None
     files = [name for name in names if name.lower().endswith((".safetensors", ".ckpt"))]
     advice = "give the folder of a model, or a file"
     advice = f"give one of its files, such as {files[0]}" if files else advice
@@ -486,11 +441,8 @@ def read_index(folder: Path) -> dict:
 
 
 def find_parts(folder: Path, index: dict) -> list[str]:
-    """The subfolders with weights. Those that the index names are there, but for
-    some."""
-    pairs = {
-        name: x for name, x in index.items() if isinstance(x, list) and len(x) == 2
-    }
+    """The subfolders with weights. Those that the index names are there."""
+    pairs = {n: x for n, x in index.items() if isinstance(x, list) and len(x) == 2}
     named = [name for name, pair in pairs.items() if None not in pair]
     if str(index.get("_class_name")).startswith("StableDiffusion"):
         named += [name for name in PARTS if name not in named]
@@ -499,8 +451,7 @@ def find_parts(folder: Path, index: dict) -> list[str]:
         if not name.isidentifier() or not there:
             raise ValueError(
                 f"{folder} has no folder {clean(name)}, but its model_index.json wants "
-                "one: "
-                "copy it again"
+                "one: copy it again"
             )
     named += [name for name in ("clip", "judge") if name not in named]  # our own
     found = [n for n in named if (folder / n).is_dir() and not n.startswith(WEIGHTLESS)]
@@ -527,17 +478,14 @@ def tensor_writer(
     dtype: torch.dtype | None = None,
     pickled: bool = False,
 ) -> Callable[[Path], object]:
-    """A .safetensors file, or a pickle (.ckpt); dtype None keeps what the tensors
-    have."""
+    """A .safetensors file, or a pickle (.ckpt); dtype None: as the tensors are."""
 
     def write(path: Path) -> None:
         import torch
         from safetensors.torch import save_file
 
-        ready = {
-            name: tensor.detach().to("cpu", dtype).contiguous()
-            for name, tensor in tensors.items()
-        }
+        copies = (x.detach().to("cpu", dtype).contiguous() for x in tensors.values())
+        ready = dict(zip(tensors, copies, strict=True))
         need = sum(tensor.nbytes for tensor in ready.values())
         if need > (free := shutil.disk_usage(path.parent).free):
             raise ValueError(

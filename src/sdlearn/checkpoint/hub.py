@@ -1,8 +1,7 @@
 """A path, or a model on the Hugging Face hub -> where it lies on this machine.
 
 Nothing needs the hub: the course ships its own model, and a file that one has already
-is
-read from where it is. Downloads go on where they stopped, and checksums are compared.
+is read from where it is. Downloads go on where they stopped; checksums are compared.
 """
 
 from __future__ import annotations
@@ -45,13 +44,10 @@ class Place(NamedTuple):
 
 def is_hub_id(what: str) -> bool:
     """Is it OWNER/NAME, and does nothing about it look like a path?"""
-    words = what.split("/")
-    owner = words[0]
-    good = len(words) == 2 and all(re.fullmatch(r"\w[\w.-]*", word) for word in words)
-    path = (
-        what.lower().endswith(FILES) or owner == "checkpoints" or Path(owner).exists()
-    )
-    return good and not path
+    owner = what.partition("/")[0]
+    if what.lower().endswith(FILES) or owner == "checkpoints" or Path(owner).exists():
+        return False
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", what))
 
 
 def model_name(path: Path) -> str:
@@ -61,8 +57,7 @@ def model_name(path: Path) -> str:
 
 
 def find_model(what: str | Path, folder: str | Path = "checkpoints") -> Path:
-    """A path as it is; OWNER/NAME in `folder`, and downloaded if it is not there
-    yet."""
+    """A path as it is; OWNER/NAME in `folder`, downloaded if it is not there yet."""
     path = Path(what).expanduser()
     if path.exists() or path.is_symlink():
         return path
@@ -70,8 +65,7 @@ def find_model(what: str | Path, folder: str | Path = "checkpoints") -> Path:
         seen = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
         raise ValueError(
             f"there is no model at {clean(what, 400)}{seen}: give a diffusers folder, "
-            "a "
-            ".safetensors or .ckpt file, or OWNER/NAME of one on the Hugging Face hub"
+            "a .safetensors or .ckpt file, or OWNER/NAME of one on the Hugging Face hub"
         )
     there = Path(folder) / what
     if (there / "model_index.json").is_file():
@@ -81,9 +75,8 @@ def find_model(what: str | Path, folder: str | Path = "checkpoints") -> Path:
     try:
         return download(what, folder)
     except ValueError as error:
-        raise ValueError(
-            f"there is no model at {what}, and from the hub: {error}"
-        ) from None
+        said = f"there is no model at {what}, and from the hub: {error}"
+        raise ValueError(said) from None
 
 
 def find_place(what: str, endpoint: str = "https://huggingface.co") -> Place:
@@ -95,13 +88,12 @@ def find_place(what: str, endpoint: str = "https://huggingface.co") -> Place:
         if url.netloc not in ("huggingface.co", "hf.co", urlsplit(endpoint).netloc):
             raise ValueError(
                 f"{clean(what)} is not on the Hugging Face hub, so there is no "
-                "checksum to "
-                "compare: download it with a browser into checkpoints/, and see "
-                "`sdlearn inspect`"
+                "checksum to compare: download it with a browser into checkpoints/, "
+                "and see `sdlearn inspect`"
             )
         words = [unquote(word) for word in url.path.strip("/").split("/")]
         if words[2:3] in (["resolve"], ["blob"], ["tree"]):
-            revision, words = (words[3:4] or [None])[0], [*words[:2], *words[4:]]
+            revision, words = next(iter(words[3:4]), None), [*words[:2], *words[4:]]
     plain = [re.fullmatch(r"\w[\w.+ -]*", word) and ".." not in word for word in words]
     if len(words) < 2 or not all(plain):
         raise ValueError(f"{clean(what)!r} is no model on the hub: {WANTED}")
@@ -112,21 +104,17 @@ def choose(place: Place, there: dict[str, RepoSibling]) -> list[str]:
     """The files to download, of those that are there."""
     safe = sorted(x for x in there if x.endswith(".safetensors") and "/" not in x)
     some = ", ".join(map(clean, safe[:3]))
-    if place.file:
-        if place.file not in there:
-            known = f"it has {some}" if safe else "look at its page"
-            raise ValueError(f"{place.repo} has no file {clean(place.file)}: {known}")
+    if place.file in there:
         return [place.file]
+    if place.file:
+        known = f"it has {some}" if safe else "look at its page"
+        raise ValueError(f"{place.repo} has no file {clean(place.file)}: {known}")
     if "model_index.json" not in there:
-        if len(safe) != 1:
-            found = (
-                f"{len(safe)} .safetensors files ({some} ...)" if safe else "no model"
-            )
-            raise ValueError(
-                f"{place.repo} has {found}: name the file that you want, "
-                f"{place.repo}/FILE"
-            )
-        return safe
+        if len(safe) == 1:
+            return safe
+        found = f"{len(safe)} .safetensors files ({some} ...)" if safe else "no model"
+        advice = f"name the file that you want, {place.repo}/FILE"
+        raise ValueError(f"{place.repo} has {found}: {advice}")
     chosen = ["model_index.json"]
     for folder in FOLDERS:
         inside = [x for x in there if re.fullmatch(rf"{folder}/[\w.-]+", x)]
@@ -147,17 +135,14 @@ def weights_of(folder: str, inside: list[str]) -> list[str]:
         if name in inside:
             return [name]
         if f"{name}.index.json" in inside:
-            stem = re.escape(name.removesuffix(".safetensors"))
-            shards = [
-                x for x in inside if re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", x)
-            ]
-            return [f"{name}.index.json", *sorted(shards)]
+            shard = re.escape(name).replace(r"\.safe", r"-\d+-of-\d+\.safe")
+            shards = sorted(x for x in inside if re.fullmatch(shard, x))
+            return [f"{name}.index.json", *shards]
     return []
 
 
 def checksum(path: Path, sibling: RepoSibling) -> bool:
-    """Is a file what the hub says? Large ones have a SHA-256, small ones git's
-    SHA-1."""
+    """Is a file what the hub says? Large ones have a SHA-256, small ones git's."""
     with path.open("rb") as file:
         if sibling.lfs:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -173,16 +158,13 @@ def download(
 
     A model is put into OWNER/NAME, a file that is named into `folder` itself. What is
     there already is kept and compared. Raises ValueError, one sentence, for all that
-    can
-    go wrong on the way; a second call goes on where it stopped.
+    can go wrong on the way; a second call goes on where it stopped.
     """
     try:
         from huggingface_hub import HfApi, constants, logging
     except ImportError:
-        raise ValueError(
-            "huggingface_hub, which downloads, is not installed: "
-            "pip install huggingface_hub"
-        ) from None
+        said = "huggingface_hub, which downloads, is not installed: pip install "
+        raise ValueError(f"{said}huggingface_hub") from None
     endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
     place = find_place(what, endpoint)
     logging.set_verbosity_error()  # its retries; what goes wrong is said below
@@ -218,8 +200,7 @@ def is_there(path: Path, sibling: RepoSibling) -> bool:
     if not same or not checksum(path, sibling):
         raise ValueError(
             f"{path} is there already and is another file than the hub's: move it "
-            "away, "
-            "or give -o FOLDER"
+            "away, or give -o FOLDER"
         )
     return True
 
@@ -239,8 +220,7 @@ def check_space(todo: dict[Path, RepoSibling], folder: Path) -> None:
     if need > (free := shutil.disk_usage(where).free):
         raise ValueError(
             f"{human(need)} are still to download, but {folder} has {human(free)} "
-            "free: "
-            "give -o FOLDER"
+            "free: give -o FOLDER"
         )
 
 
@@ -270,8 +250,7 @@ def fetch(place: Place, sibling: RepoSibling, path: Path, endpoint: str) -> None
                     part.unlink()
                     raise ValueError(
                         f"{path.name} came with a wrong checksum and was deleted: run "
-                        "the "
-                        "same command again"
+                        "the same command again"
                     )
                 os.replace(part, path)
             finally:
@@ -320,48 +299,45 @@ def stream(place: Place, part: Path, size: int, endpoint: str, bar: tqdm) -> Non
 @contextlib.contextmanager
 def clear_errors(place: Place, endpoint: str) -> Iterator[None]:
     """One sentence for whatever the hub, the network or the disk does."""
-    from huggingface_hub import errors
-
-    page, repo = f"{endpoint}/{place.repo}", place.repo
     try:
         yield
-        return
-    except ValueError as error:
+    except Exception as error:
         if type(error) is ValueError:  # a sentence of ours
             raise
-        said = f"{repo} cannot be downloaded ({clean(error)}): see {page}"
-    except errors.OfflineModeIsEnabled:
-        said = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it to download"
-    except errors.GatedRepoError:
-        said = f"{repo} has terms to accept: do so at {page}, then `hf auth login`"
-    except errors.RevisionNotFoundError:
-        said = f"{repo} has no version {clean(place.revision)}: see {page}"
-    except errors.EntryNotFoundError:
-        said = f"{repo} has no file {clean(place.file)} any more: see {page}"
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        said = f"the hub at {endpoint} answers {status} for {repo}: try again later"
-        if status in (401, 403) or isinstance(error, errors.RepositoryNotFoundError):
-            said = (
-                f"the hub has no model {repo}, or not for you: see {page}, and log in "
-                "with `hf auth login` if it is there"
-            )
-    except Exception as error:  # those of the disk and of the HTTP library
-        said = unreachable(place, endpoint, error)
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            said = (
-                "the disk is full: make room and run the same command, it goes on there"
-            )
-        elif getattr(error, "filename", None):
-            why = f"{error.filename} cannot be written ({error.strerror})"
-            said = f"{why}: give -o FOLDER"
-    raise ValueError(said)
+        raise ValueError(sentence(error, place, endpoint)) from None
 
 
-def unreachable(place: Place, endpoint: str, error: BaseException) -> str:
+def sentence(error: Exception, place: Place, endpoint: str) -> str:
+    """What went wrong, told by the kind of error: the first that fits."""
+    repo, page = place.repo, f"{endpoint}/{place.repo}"
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if "HfHubHTTPError" in kinds and status in (401, 403):
+        kinds.add("RepositoryNotFoundError")
+    for kind, said in {
+        "ValueError": f"{repo} cannot be downloaded ({clean(error)}): see {page}",
+        "OfflineModeIsEnabled": "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: "
+        "unset it to download",
+        "GatedRepoError": f"{repo} has terms to accept: do so at {page}, then "
+        "`hf auth login`",
+        "RevisionNotFoundError": f"{repo} has no version {clean(place.revision)}: "
+        f"see {page}",
+        "EntryNotFoundError": f"{repo} has no file {clean(place.file)} any more: "
+        f"see {page}",
+        "RepositoryNotFoundError": f"the hub has no model {repo}, or not for you: see "
+        f"{page}, and log in with `hf auth login` if it is there",
+        "HfHubHTTPError": f"the hub at {endpoint} answers {status} for {repo}: try "
+        "again later",
+    }.items():
+        if kind in kinds:
+            return said
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        return "the disk is full: make room and run the same command, it goes on there"
+    if file := getattr(error, "filename", None):
+        why = getattr(error, "strerror", None)
+        return f"{file} cannot be written ({why}): give -o FOLDER"
     why = clean(next(iter(str(error).splitlines()), "") or type(error).__name__, 90)
     return (
-        f"{place.repo} cannot be downloaded from {endpoint} ({why}): check the network "
-        "and "
+        f"{repo} cannot be downloaded from {endpoint} ({why}): check the network and "
         "run the same command, it goes on where it stopped"
     )

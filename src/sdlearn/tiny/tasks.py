@@ -41,29 +41,6 @@ from sdlearn.training import Task
 from sdlearn.unet import UNet
 from sdlearn.vae import VAE, DiagonalGaussian
 
-__all__ = [
-    "to_tensor",
-    "normal",
-    "loss_weights",
-    "VAETask",
-    "doodle",
-    "DecoderTask",
-    "scene_tokenizer",
-    "family",
-    "CLIPTask",
-    "GRID",
-    "layout",
-    "Places",
-    "PlacesTask",
-    "numbered_scene",
-    "encode_scenes",
-    "latent_bank",
-    "PREVIEW",
-    "DenoiseTask",
-    "HintedTask",
-    "GuidedTask",
-]
-
 
 def to_tensor(picture: np.ndarray) -> Tensor:
     """(H, W, 3) uint8 -> (3, H, W) in [-1, 1]."""

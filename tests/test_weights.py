@@ -404,6 +404,7 @@ print((now("VmHWM") - before) / need)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_memory_at_its_peak_is_that_of_the_weights(tmp_path, form):
     """All of it counts, also the pages of a mapped file: at most 1.15 x the weights as they are wanted."""

@@ -84,10 +84,6 @@ def one(value: Any) -> Any:
     return SAME.get(value, value) if isinstance(value, str) else value
 
 
-def unfit(part: str, key: str, value: object, why: str) -> ValueError:
-    return ValueError(f"{part} config: {key} is {value!r}, but {why}")
-
-
 def number(content: Mapping, key: str, part: str) -> int:
     """A whole number above 0."""
     value = one(content.get(key, UNSAID.get(key)))
@@ -98,7 +94,7 @@ def number(content: Mapping, key: str, part: str) -> int:
         why = "sdlearn's levels all have the same number: take another model"
     elif type(value) is int and value > LARGEST:
         why = f"at most {LARGEST:,} is possible"
-    raise unfit(part, key, content.get(key), why)
+    raise ValueError(f"{part} config: {key} is {content.get(key)!r}, but {why}")
 
 
 def numbers(content: Mapping, key: str, part: str, count: int = 0) -> tuple[int, ...]:
@@ -108,8 +104,10 @@ def numbers(content: Mapping, key: str, part: str, count: int = 0) -> tuple[int,
         value = [value] * count
     found = value if isinstance(value, list) else []
     if not found or any(type(x) is not int or not 0 < x <= LARGEST for x in found):
-        why = f"a list of whole numbers above 0 is wanted, none above {LARGEST:,}"
-        raise unfit(part, key, content.get(key), why)
+        raise ValueError(
+            f"{part} config: {key} is {content.get(key)!r}, but a list of whole "
+            f"numbers above 0 is wanted, none above {LARGEST:,}"
+        )
     if count and len(found) != count:
         raise ValueError(
             f"{part} config: {key} has {len(found)} entries, but block_out_channels "
@@ -123,9 +121,10 @@ def read(content: Mapping, part: str) -> dict[str, Any]:
     always, sizes = MODELS[part]
     for key, value in always.items():
         if one(content.get(key, value)) != value:
-            hint = HINTS.get(key, "take another model")
-            why = f"sdlearn knows only {value!r} here: {hint}"
-            raise unfit(part, key, content[key], why)
+            raise ValueError(
+                f"{part} config: {key} is {content[key]!r}, but sdlearn knows only "
+                f"{value!r} here: {HINTS.get(key, 'take another model')}"
+            )
     return {ours: number(content, theirs, part) for theirs, ours in sizes.items()}
 
 
@@ -136,13 +135,11 @@ def write(config: object, part: str) -> dict[str, Any]:
 
 
 def check_split(part: str, width: int, count: int, into: str) -> None:
-    """Heads, or groups, share the channels evenly."""
+    """Heads, or groups, share the channels of a level evenly."""
     if width % count:
-        flat = part in ("text encoder", "image tower")
-        many = f"width {width} does" if flat else f"{width} channels do"
         raise ValueError(
-            f"{part} config: {many} not split into {count} {into}: the file is "
-            "damaged, take another copy"
+            f"{part} config: {width} channels do not split into {count} {into}: the "
+            "file is damaged, take another copy"
         )
 
 
@@ -200,12 +197,16 @@ def vae_from_json(content: Mapping) -> VAEConfig:
         check_split("vae", width, sizes["groups"], "groups")
     for key, kinds in vae_blocks(channels).items():
         if content.get(key, kinds) != kinds:
-            why = f"sdlearn knows only {kinds[0]}, one a level"
-            raise unfit("vae", key, content[key], why)
+            raise ValueError(
+                f"vae config: {key} is {content[key]}, but sdlearn knows only "
+                f"{kinds[0]}, one a level"
+            )
     scale = content.get("scaling_factor", VAEConfig.scale)
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
-        why = "a number above 0 is wanted; SD 1 has 0.18215"
-        raise unfit("vae", "scaling_factor", scale, why)
+        raise ValueError(
+            f"vae config: scaling_factor is {scale!r}, but a number above 0 is wanted; "
+            "SD 1 has 0.18215"
+        )
     return VAEConfig(channels, scale=float(scale), **sizes)
 
 
@@ -231,11 +232,15 @@ def tower(content: Mapping, part: str) -> dict[str, int]:
     sizes = read(content, part)
     width, inner = sizes["width"], content.get("intermediate_size")
     if inner != 4 * width:
-        why = (
-            f"the layers of sdlearn's CLIP are 4 times as wide inside, 4 x {width} here"
+        raise ValueError(
+            f"{part} config: intermediate_size is {inner}, but the layers of sdlearn's "
+            f"CLIP are 4 times as wide inside, 4 x {width} here: take another model"
         )
-        raise unfit(part, "intermediate_size", inner, f"{why}: take another model")
-    check_split(part, width, sizes["heads"], "heads")
+    if width % sizes["heads"]:
+        raise ValueError(
+            f"{part} config: width {width} does not split into {sizes['heads']} heads: "
+            "the file is damaged, take another copy"
+        )
     return sizes
 
 
@@ -255,9 +260,10 @@ def clip_from_json(content: Mapping) -> tuple[CLIPTextConfig, CLIPImageConfig, i
     config = text_from_json(text)
     end = text.get("eos_token_id", config.vocab - 1)
     if end not in (config.vocab - 1, 2):  # older files say 2 and mean the largest id
-        last = f"the last of {config.vocab} entries"
-        why = f"{last} is wanted, where the text's vector is taken"
-        raise unfit("clip", "eos_token_id", end, why)
+        raise ValueError(
+            f"clip config: eos_token_id is {end!r}, but the last of {config.vocab} "
+            "entries is wanted, where the text's vector is taken"
+        )
     seen = CLIPImageConfig(**tower(image, "image tower"))
     return config, seen, number(content, "projection_dim", "clip")
 
@@ -298,8 +304,10 @@ def choose(content: Mapping, key: str, known: Mapping | tuple, unsaid: str) -> s
     """The value of a key, one of those that we know."""
     value = content.get(key, unsaid)
     if not isinstance(value, str) or value not in known:
-        why = f"sdlearn knows only {', '.join(known)}: take another model"
-        raise unfit("scheduler", key, value, why)
+        raise ValueError(
+            f"scheduler config: {key} is {value!r}, but sdlearn knows only "
+            f"{', '.join(known)}: take another model"
+        )
     return value
 
 
@@ -307,7 +315,9 @@ def switch(content: Mapping, key: str, unsaid: bool) -> bool:
     """The value of a key that is true or false."""
     value = content.get(key, unsaid)
     if type(value) is not bool:
-        raise unfit("scheduler", key, value, "true or false is wanted")
+        raise ValueError(
+            f"scheduler config: {key} is {value!r}, but true or false is wanted"
+        )
     return value
 
 
@@ -326,7 +336,10 @@ def table_of_betas(content: Mapping) -> torch.Tensor:
             "most 1 are wanted: the file is damaged, take another copy"
         )
     if steps < 2:
-        raise unfit("scheduler", "num_train_timesteps", steps, "at least 2 are wanted")
+        raise ValueError(
+            f"scheduler config: num_train_timesteps is {steps}, but at least 2 are "
+            "wanted"
+        )
     if trained is None:
         betas = SLOPES[kind](steps, start, end) if kind in SLOPES else cosine(steps)
     elif len(trained) == steps:

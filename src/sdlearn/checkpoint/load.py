@@ -432,22 +432,28 @@ def check_fit(found: Plan, path: Path) -> Plan:
     words, positions = 49408, 77
     if found.tokenizer is not None:
         words, positions = len(found.tokenizer), found.tokenizer.positions
-    channels = unet.in_channels, unet.out_channels
-    both = vae.latent_channels, vae.latent_channels
-    strange = unet.context_width != text.width or words > text.vocab
-    for sentence, wrong in {
-        f" is made for {CHANNELS.get(channels[0])}, its U-Net takes {channels[0]} "
-        "channels: take a plain model": channels[0] in CHANNELS,
-        f": the U-Net takes {channels[0]} channels and answers {channels[1]}, but the "
-        f"VAE makes {vae.latent_channels}: take another model": channels != both,
-        f": a tokenizer of {words} tokens, a text encoder of {text.vocab} and width "
-        f"{text.width}, and a U-Net that reads a width of {unet.context_width} do not "
-        "fit: take all from one model": strange,
-        f": the tokenizer fills {positions} positions, but the text encoder has "
-        f"{text.positions}: take both from one model": positions > text.positions,
-    }.items():
-        if wrong:
-            raise ValueError(f"{path}{sentence}")
+    channels = vae.latent_channels
+    if special := CHANNELS.get(unet.in_channels):
+        raise ValueError(
+            f"{path} is made for {special}, its U-Net takes {unet.in_channels} "
+            "channels: take a plain model"
+        )
+    if (unet.in_channels, unet.out_channels) != (channels, channels):
+        raise ValueError(
+            f"{path}: the U-Net takes {unet.in_channels} channels and answers "
+            f"{unet.out_channels}, but the VAE makes {channels}: take another model"
+        )
+    if unet.context_width != text.width or words > text.vocab:
+        raise ValueError(
+            f"{path}: a tokenizer of {words} tokens, a text encoder of {text.vocab} "
+            f"and width {text.width}, and a U-Net that reads a width of "
+            f"{unet.context_width} do not fit: take all from one model"
+        )
+    if positions > text.positions:
+        raise ValueError(
+            f"{path}: the tokenizer fills {positions} positions, but the text encoder "
+            f"has {text.positions}: take both from one model"
+        )
     return found
 
 

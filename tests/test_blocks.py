@@ -47,6 +47,11 @@ def test_resblock_with_time_equals_diffusers():
     assert not torch.equal(mine(x, time), mine(x, time.roll(1, 0)))  # each picture has its own time
 
 
+def test_resblock_does_not_pass_over_a_missing_time():
+    with pytest.raises(AssertionError):
+        ResBlock(16, 16, groups=4, time_width=20)(torch.randn(1, 16, 5, 5))
+
+
 def test_resblock_default_eps_is_the_vaes():
     norms = [m for m in ResBlock(32, 64).modules() if isinstance(m, nn.GroupNorm)]
     assert [(norm.num_groups, norm.eps) for norm in norms] == [(32, 1e-6)] * 2

@@ -37,7 +37,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
-        if self.time_emb_proj is not None and time is not None:
+        if self.time_emb_proj is not None:
+            assert time is not None  # whoever asked for a time_width has a time
             y = y + self.time_emb_proj(F.silu(time))[:, :, None, None]
         y = self.conv2(F.silu(self.norm2(y)))
         return self.conv_shortcut(x) + y

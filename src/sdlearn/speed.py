@@ -233,7 +233,8 @@ def compile_unet(network: nn.Module, whole: bool = True) -> nn.Module:
     torch._dynamo.config.recompile_limit = 64  # blocks have one code and many sizes
     for part in network.modules():
         if isinstance(part, FastAttention):
-            part.words = part.keys_and_values  # type: ignore[method-assign]  # what is remembered changes
+            # what is remembered changes
+            part.words = part.keys_and_values  # type: ignore[method-assign]
     blocks = [
         part
         for part in network.modules()

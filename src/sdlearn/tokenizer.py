@@ -342,9 +342,8 @@ class Tokenizer(BytePairs):
         base = {token: n for token, n in tokenizer.vocab.items() if token not in added}
         if vocab != base:
             raise ValueError(
-                f"the vocabulary in {folder} does not follow from its merges: take "
-                "both "
-                "from one tokenizer"
+                f"the vocabulary in {folder} does not follow from its merges: "
+                "take both from one tokenizer"
             )
         return tokenizer
 

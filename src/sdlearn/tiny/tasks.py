@@ -441,9 +441,8 @@ class DenoiseTask(Task):
 
     def times(self, rngs: Sequence[random.Random]) -> Tensor:
         """A time for each example: (B,), t as often as `often[t]` says."""
-        return torch.tensor(
-            [bisect(self.chances, rng.random() * self.chances[-1]) for rng in rngs]
-        )
+        last = self.chances[-1]
+        return torch.tensor([bisect(self.chances, rng.random() * last) for rng in rngs])
 
     def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
         numbers = [rng.randrange(len(self.latents)) for rng in rngs]
@@ -451,12 +450,11 @@ class DenoiseTask(Task):
             (rng.random() < self.drop, numbered_scene(n).caption(rng))
             for n, rng in zip(numbers, rngs, strict=True)
         ]
+        texts = ["" if dropped else caption for dropped, caption in told]
         channels, *size = self.latents.shape[1:]
         return {
             "latents": self.latents[numbers].float(),
-            "tokens": self.tokenizer(
-                ["" if dropped else caption for dropped, caption in told]
-            ),
+            "tokens": self.tokenizer(texts),
             "t": self.times(rngs),
             "noise": normal(rngs, channels, *size)
             + self.offset * normal(rngs, channels, 1, 1),
@@ -472,8 +470,7 @@ class DenoiseTask(Task):
 
     def losses(self, answer: Tensor, target: Tensor, t: Tensor) -> dict[str, Tensor]:
         error = (answer - target).square().mean(dim=(1, 2, 3))
-        # drawn twice as often, it counts half each time
-        error = error / self.often.to(t.device)[t]
+        error = error / self.often.to(t.device)[t]  # drawn twice as often, counts half
         return {"loss": (self.weights[t] * error).mean(), "plain": error.mean()}
 
     @torch.inference_mode()
@@ -488,9 +485,8 @@ class DenoiseTask(Task):
             {"context": self.text_encoder(self.tokenizer(text).to(device))}
             for text in (list(prompts), "")
         )
-        noise = normal(
-            [random.Random(i) for i in range(len(prompts))], *self.latents.shape[1:]
-        ).to(device)
+        dice = [random.Random(i) for i in range(len(prompts))]
+        noise = normal(dice, *self.latents.shape[1:]).to(device)
         guided = Guided(self.unet, context, empty, scale)
         denoise = Denoiser(guided, self.schedule, self.prediction)
         levels = self.schedule.levels(steps, clean=SAMPLERS["ddim"].clean)

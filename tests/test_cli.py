@@ -157,6 +157,7 @@ def test_ctrl_c_while_it_imports(tmp_path, module):
     assert process.returncode == 130 and "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "streams",
     [">&- 2>&-", ">/dev/full 2>/dev/full", "2>&1 | true", "| PYTHONIOENCODING= cat"],

@@ -132,6 +132,7 @@ def test_the_core_needs_no_extra():
 @pytest.mark.parametrize(("words", "missing", "extra"), [
     ("evaluate --prompts 5", "emoji", "tiny"), ("bench unet --small", "transformers", "book"),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_a_missing_extra_is_named(words, missing, extra):
     script = f"import sys\n{BLOCKED}\nfrom sdlearn.cli import main\nsys.exit(main({words.split()!r}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)

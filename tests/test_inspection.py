@@ -65,6 +65,7 @@ def in_a_fresh_process(path, most=2.0, torch=True):
     return lines
 
 
+@pytest.mark.slow
 def test_a_full_size_file_with_all_its_clutter(sd15, tmp_path):
     shapes = together(sd15) | ema_shapes(sd15["unet"]) | CLUTTER | POSITIONS
     path = write_sparse(tmp_path / "sd.safetensors", shapes, metadata={"format": "pt"}, position_ids="I64")
@@ -87,6 +88,7 @@ def test_a_full_size_file_with_all_its_clutter(sd15, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_full_size_pickle(sd15, tmp_path):
     path = tmp_path / "sd.ckpt"
     with torch.serialization.skip_data():  # torch writes all but the numbers

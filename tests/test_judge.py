@@ -54,6 +54,7 @@ class Perfect(nn.Module):
         return objects, colours, grounds
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(SEEDS, st.sampled_from(["train", "colour", "pair"]))
 def test_a_perfect_judge_calls_every_scene_all_right(seed, split):

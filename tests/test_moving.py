@@ -241,6 +241,7 @@ def test_a_notebook_that_a_program_runs_gets_the_static_figure():
     assert made.data["text/plain"] == "Moving(title='title')" and asked.data == {"text/plain": "'fox'"}
 
 
+@pytest.mark.slow
 def test_a_person_gets_sliders_that_call_the_function():
     manager = pytest.importorskip("jupyter_client.manager")
     pytest.importorskip("ipywidgets")

@@ -1,6 +1,7 @@
 """DDPM and DDIM against diffusers, the pictures from before the seam, and laws that hold for every sampler."""
 
 import math
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -187,12 +188,12 @@ def test_bad_strengths_are_refused(strength):
 # The line.
 
 
-@given(st.floats(1e-3, 100), st.floats(0, 1), st.floats(0, 1))
+@given(st.floats(1e-3, 100), st.just(0) | st.floats(1e-6, 1), st.floats(0, 1))
 @settings(deadline=None, max_examples=200)
 def test_a_leg_ends_with_the_noise_that_its_end_wants(start, share, eta):
     leg = Leg.of(start, share * start, eta)
     assert leg.down**2 + leg.up**2 == pytest.approx(leg.end**2, rel=1e-9)
-    assert 0 <= leg.up <= leg.end and 0 <= leg.down <= leg.end
+    assert 0 <= leg.up <= leg.end * (1 + 1e-12) and 0 <= leg.down <= leg.end * (1 + 1e-12)
     if share and eta == 1:  # Ho et al. 2020, eq. 7
         assert leg.down == pytest.approx(leg.end**2 / start, abs=1e-6 * start)
 
@@ -248,17 +249,16 @@ def test_a_picture_does_not_depend_on_its_neighbours(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_samplers_follow_the_dtype_of_the_latents(name, dtype):
-    latents = torch.randn(1, 4, 4, 4).to(dtype)
-    *_, last = sample(denoiser(), latents, SCHEDULE.levels(5, clean=SAMPLERS[name].clean), name)
-    assert last.latents.dtype == last.x0.dtype == dtype and last.latents.isfinite().all()
+def test_samplers_follow_the_dtype_of_the_latents(name):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        latents = torch.randn(1, 4, 4, 4).to(dtype)
+        *_, last = sample(denoiser(), latents, SCHEDULE.levels(5, clean=SAMPLERS[name].clean), name)
+        assert last.latents.dtype == last.x0.dtype == dtype and last.latents.isfinite().all()
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_walks_every_spacing_with_any_number_of_steps(name, spacing):
-    for n in (1, 2, 3, 10):
+def test_every_sampler_walks_every_spacing_with_any_number_of_steps(name):
+    for spacing, n in product(SPACINGS, (1, 2, 3, 10)):
         latents = walk_all(name, [1], n, spacing)
         assert len(latents) == n and latents.isfinite().all()
 

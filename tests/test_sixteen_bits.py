@@ -20,6 +20,7 @@ def drawn(folder: Path, *words: object) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--tiled"], ["--fast"], ["--offload"], ["--clip-skip", 1]], ids=str)
 def test_txt2img(tmp_path, more):
     plain = drawn(tmp_path / "32", "txt2img", PROMPT, *more)

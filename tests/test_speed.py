@@ -170,6 +170,7 @@ def test_work_that_sees_only_its_own_position_is_the_same_in_tiles(height, width
     torch.testing.assert_close(y, enlarged(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_tiled_vae():
     """The trained one, on a picture four times as large as those that it knows."""
     vae = load_vae(TINY)

@@ -121,6 +121,7 @@ def test_doodles_have_outlines_and_the_worlds_colours():
     assert {(0, 0, 0)} | {tuple(ground) for ground in BACKGROUNDS.values()} | fills <= seen
 
 
+@pytest.mark.slow
 def test_decoder_task(vae):
     task = DecoderTask(copy.deepcopy(vae), noise=0.2, doodles=0.5)
     batch = task.examples(rngs(40))

@@ -85,6 +85,7 @@ def clip(pairs) -> Tokenizer:
 # -- the same as transformers ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip", "tiny", "pad"])
 def test_ids_equal_transformers(pairs, name):
     ours, theirs = pairs[name]

@@ -134,6 +134,7 @@ def test_what_is_saved_is_loaded(tmp_path, dtype):
     assert same(clip.state_dict(), {k: v.to(dtype).float() for k, v in random_parts()[1].state_dict().items()})
 
 
+@pytest.mark.slow
 def test_loading_draws_no_random_numbers_and_imports_no_compiler(model):
     state = torch.get_rng_state()
     weights.load(model[0])
@@ -219,6 +220,7 @@ def test_every_tensor_of_a_file_is_taken_or_ignored_for_a_reason(model, single):
         assert why_ignored(name) is None, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
 def test_averages_or_plain_weights(tmp_path, model, single, suffix):
     path = tmp_path / f"sd.{suffix}"
@@ -263,6 +265,7 @@ VAE_NAMES = {  # how a stand-alone VAE may be written: prefix, CompVis' names?, 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", VAE_NAMES)
 def test_another_vae(tmp_path, model, kind):
     """A VAE that stands alone takes the place of the model's own, whatever its names."""
@@ -316,6 +319,7 @@ def test_attention_of_the_vae_in_its_own_place(tmp_path):
         assert same(weights.load_vae(tmp_path / "model").state_dict(), parts.networks["vae"].state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_single_file_is_read_as_it_was_written(tmp_path, model, suffix, dtype):

@@ -14,6 +14,8 @@ from sdlearn.checkpoint.load import load_clip
 from sdlearn.pictures import to_tensor
 from sdlearn.pipeline import StableDiffusion
 
+pytestmark = pytest.mark.slow
+
 SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny"
 PROMPT = "a fox to the left of a green umbrella"
 

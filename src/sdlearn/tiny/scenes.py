@@ -80,7 +80,7 @@ HELD_OUT_COLOURS = frozenset(
     bus purple""".split(",")
 )
 HELD_OUT_PAIRS = frozenset(list(combinations(OBJECTS, 2))[3::8])
-# kept out of every split: chapter 15 teaches it to the model
+# kept out of every split, for a reader to teach to the model
 NOWHERE = "octopus", "umbrella"
 SPLITS = "train", "colour", "pair"
 RELATIONS = {

@@ -60,7 +60,8 @@ pipe(
 OUR_TILES = """
 from sdlearn.speed import TiledVAE
 from sdlearn.checkpoint.load import load_vae
-vae = load_vae({path!r}, torch.{dtype}, device={device!r}, layout=torch.channels_last)
+how = dict(device={device!r}, layout=torch.channels_last)
+vae = load_vae({path!r}, dtype=torch.{dtype}, **how)
 latents = torch.zeros(1, 4, {side}, {side}, dtype=torch.{dtype}, device={device!r})
 with torch.inference_mode():
     TiledVAE(vae).decode(latents)

@@ -24,6 +24,7 @@ MOVING = {  # what moves under the reader's finger: a chapter, and the names of 
     "08_ddpm": ["time t"],
     "10_guidance": ["guidance scale, seed"],
     "12_pipeline": ["strength", "steps"],
+    "13_samplers": ["looks"],
 }
 FIGURES = "figure:has(input[type=range]), figure:has(.moving-word)"
 FOLDS = ".bd-article .admonition.toggle, .bd-article .admonition.dropdown"

@@ -14,6 +14,7 @@ from sdlearn.minimal import draw_by_hand
 from sdlearn.pictures import to_tensor
 from sdlearn.pipeline import PromptCut, StableDiffusion, pick_device
 from sdlearn.prediction import V
+from sdlearn.request import Request
 from sdlearn.unet import UNet, UNetConfig
 
 FAST = {"steps": 2, "sampler": "ddim"}
@@ -168,6 +169,28 @@ def test_another_encode_and_a_wrapped_network_are_enough(sd):
     more = More(*random_parts()[0], "cpu")
     assert far(more.txt2img("a cat", **FAST, seed=1)[0], sd.txt2img("a cat", **FAST, seed=1)[0]) == 0
     assert seen == [([7.0, 7.0], 2)] * 2
+
+
+def test_extras_change_the_plan_and_say_so(sd):
+    class Frozen:
+        """The latents stay as they are."""
+
+        def __call__(self, model, plan):
+            assert model is sd and plan.x0 is None and plan.start is plan.noise
+            return replace(plan, start=0 * plan.start, after=lambda xt, level: 0 * xt)
+
+        def said(self):
+            return {"Frozen": "yes"}
+
+    class Net:
+        def control(self, hint, scale=1.0):
+            assert (hint, scale) == ("a hint", 0.5)
+            return Frozen()
+
+    plain = sd.decode(torch.zeros(1, 4, 8, 8))[0]
+    assert far(sd.txt2img("a cat", **FAST, extras=[Frozen()], width=64, height=64)[0], plain) == 0
+    assert far(sd.txt2img("a cat", **FAST, control=[(Net(), "a hint", 0.5)], width=64, height=64)[0], plain) == 0
+    assert "Frozen: yes" in Request("a cat", extras=[Frozen()]).parameters(0, 64, 64, "m")
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])

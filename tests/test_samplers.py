@@ -345,6 +345,31 @@ def test_levels_that_do_not_descend_are_refused(times):
         sample(denoiser(), torch.zeros(1, 4, 2, 2), [SCHEDULE.at(t) for t in times])
 
 
+def test_levels_that_rise_add_fresh_noise_and_forget():
+    """A staircase down, up, down: the climb adds variance as the schedule says, and the step after it starts anew."""
+    levels = [SCHEDULE.at(t) for t in (801, 601, 801, 601)]
+    x = torch.zeros(4000, 1, 1, 1)
+    steps = [*sample(Denoiser(lambda xt, t: torch.zeros_like(xt), SCHEDULE), x, levels, "dpmpp_2m", torch.Generator())]
+    assert [step.index for step in steps] == [0, 1, 2] and steps[0].latents.abs().max() == 0
+    more = levels[2].alpha * math.sqrt(levels[2].ratio ** 2 - levels[1].ratio ** 2)
+    assert steps[1].latents.std().item() == pytest.approx(more, rel=0.03)
+    assert torch.allclose(steps[2].latents, levels[3].alpha / levels[2].alpha * steps[1].latents)
+    with pytest.raises(ValueError, match="have to descend"):
+        sample(denoiser(), x, [SCHEDULE.at(t) for t in (601, 801, 601)])
+
+
+def test_after_changes_the_latents_of_every_step_down():
+    seen = []
+    levels = SCHEDULE.levels(3, clean=False)
+
+    def after(xt, level):
+        seen.append(level)
+        return 0 * xt + 7
+
+    steps = [*sample(denoiser(), torch.zeros(1, 4, 2, 2), levels, "ddim", after=after)]
+    assert seen == levels[1:] and all((step.latents == 7).all() for step in steps)
+
+
 @pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan"), math.inf, "0.5", True, [0.5]])
 def test_bad_eta_is_refused(eta):
     with pytest.raises(ValueError, match="eta is .*; give a number from 0"):

@@ -304,3 +304,22 @@ def test_attention_maps_refuse():
     for size in ((16, 16), (16, 15), (1, 100)):
         with pytest.raises(ValueError, match="give the latents' size"):
             attention_maps({"layer": torch.ones(1, 1, 96, 1)}, size)
+
+
+@torch.no_grad()
+def test_residuals_are_added_to_what_is_kept_and_to_the_middle():
+    torch.manual_seed(0)
+    unet = UNet(UNET_SIZES).eval()
+    xt, t, context = torch.randn(2, 4, 8, 8), torch.tensor([5, 900]), torch.randn(2, 77, UNET_SIZES.context_width)
+    seen = []
+    hooks = [part.register_forward_hook(lambda *call: seen.append(call[-1])) for part in (unet.conv_in, *unet.down)]
+    plain = unet(xt, t, context)
+    for hook in hooks:
+        hook.remove()
+    shapes = [x.shape for x in (*seen, seen[-1])]
+    assert torch.equal(unet(xt, t, context, residuals=[torch.zeros(shape) for shape in shapes]), plain)
+    for i in range(len(shapes)):  # each of them counts, and the first only on the way up
+        one = [torch.full(shape, float(i == j)) for j, shape in enumerate(shapes)]
+        assert (unet(xt, t, context, residuals=one) - plain).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="zip"):
+        unet(xt, t, context, residuals=one[:-1])

@@ -314,6 +314,8 @@ guided_times | | |  | 19
 two_passes | | |  | 19
 image | {IMAGE}(image) | `--init-img` | | 12
 strength | {IMAGE}(strength) | `--strength` | $t_0$ | 08
+control | diffusers.StableDiffusionControlNetPipeline.__call__(image) | `control` | $c_f$ | 12
+extras | | |  | 12
 """
 SIZES = r"""
 unet.UNetConfig.channels | block_out_channels | `model_channels`, `channel_mult` | | 07

@@ -16,7 +16,7 @@ from sdlearn.checkpoint.load import Parts, load, save
 from sdlearn.guidance import Conditioning, Guided
 from sdlearn.pictures import to_image, to_tensor
 from sdlearn.prediction import EPSILON, Prediction
-from sdlearn.request import LARGEST, Request, Settings
+from sdlearn.request import LARGEST, Plan, Request, Settings
 from sdlearn.samplers import SAMPLERS, Denoiser, draw_noise, keep, sample
 from sdlearn.schedule import Level, Schedule, add_noise
 
@@ -210,47 +210,55 @@ class StableDiffusion:
 
         return answer
 
-    def guided(self, request: Request) -> Guided:
-        """The network, with the request's prompts."""
+    def guided(
+        self, request: Request, network: Callable[..., Tensor] | None = None
+    ) -> Guided:
+        """A network, without a wish our own, with the request's prompts."""
 
         def encode(prompts: Sequence[str]) -> Conditioning:
             found, each = self.encode(prompts, request.clip_skip), request.count
             each //= len(prompts)
             return {name: x.repeat_interleave(each, 0) for name, x in found.items()}
 
-        scale, network = request.cfg_scale, self.network(request)
+        scale, network = request.cfg_scale, network or self.network(request)
         uncond = encode(request.negative_prompt) if scale > 1 else None
         how = request.rescale, request.guided_times, request.two_passes
         return Guided(network, encode(request.prompt), uncond, scale, *how)
 
-    def start(
-        self,
-        request: Request,
-        shape: tuple[int, ...],
-        level: Level,
-        dice: Sequence[torch.Generator],
-    ) -> Tensor:
-        """The latents to begin with, float32: noise, or a picture under noise."""
-        if request.latents is not None:
-            return request.latents.detach().to(self.device).float()
-        if request.image is None:
-            return draw_noise(shape, dice, self.device)
-        height, width = (side * self.factor for side in shape[2:])
-        x0 = self.encode_image(to_tensor(request.image, width, height), dice)
-        return add_noise(x0, draw_noise(shape, dice, self.device), level)
+    def levels(self, request: Request) -> list[Level]:
+        """Where the latents pass; with a picture, only the last part of the way."""
+        clean = SAMPLERS[request.sampler].clean
+        levels = self.schedule.levels(request.steps, request.spacing, clean)
+        return levels if request.image is None else keep(levels, request.strength)
+
+    def plan(self, request: Request) -> Plan:
+        """What a request asks for, and then what its extras make of it."""
+        channels, levels = self.vae.config.latent_channels, self.levels(request)
+        shape = latent_shape(request, self.size, channels, self.factor)
+        dice = [torch.Generator().manual_seed(seed) for seed in request.seed]
+        x0, given = None, request.latents
+        if request.image is not None:
+            height, width = (side * self.factor for side in shape[2:])
+            x0 = self.encode_image(to_tensor(request.image, width, height), dice)
+        if given is not None:
+            noise = given.detach().to(self.device).float()
+        else:
+            noise = draw_noise(shape, dice, self.device)
+        start = noise if x0 is None else add_noise(x0, noise, levels[0])
+        way = shape, levels, dice, self.network(request)
+        plan = Plan(request, *way, noise, x0, start, self.decode)
+        for extra in (*request.extras, *request.control):
+            plan = extra(self, plan)
+        return plan
 
     def draw(self, request: Request) -> Iterator[Drawing]:
         """A `Drawing` after each step; all is checked before the first."""
-        channels, sampler = self.vae.config.latent_channels, SAMPLERS[request.sampler]
-        shape = latent_shape(request, self.size, channels, self.factor)
-        levels = self.schedule.levels(request.steps, request.spacing, sampler.clean)
-        if request.image is not None:
-            levels = keep(levels, request.strength)
-        dice = [torch.Generator().manual_seed(seed) for seed in request.seed]
-        denoise = Denoiser(self.guided(request), self.schedule, self.prediction)
-        start = self.start(request, shape, levels[0], dice)
-        walk = sample(denoise, start, levels, sampler, dice, request.eta)
-        return (Drawing(*step, len(levels) - 1, self.decode) for step in walk)
+        plan = self.plan(request)
+        guided = self.guided(request, plan.network)
+        denoise = Denoiser(guided, self.schedule, self.prediction)
+        how = SAMPLERS[request.sampler], plan.dice, request.eta, plan.after
+        walk = sample(denoise, plan.start, plan.levels, *how)
+        return (Drawing(*step, len(plan.levels) - 1, plan.decode) for step in walk)
 
     def steps(
         self,

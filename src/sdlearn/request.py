@@ -7,14 +7,15 @@ import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from sdlearn.pictures import describe, open_image
-from sdlearn.samplers import SAMPLERS, check_eta
-from sdlearn.schedule import SPACINGS
+from sdlearn.samplers import SAMPLERS, After, check_eta
+from sdlearn.schedule import SPACINGS, Level
 
 LARGEST = 4096  # pixels a side of a picture that we draw
 SEEDS = 2**32  # PyTorch's CPU generator takes 32 bits: larger seeds repeat smaller ones
@@ -122,6 +123,36 @@ def yes_or_no(name: str, value: Any) -> bool:
     return value
 
 
+def extras(name: str, value: Any) -> tuple["Extra", ...]:
+    """What joins the drawing."""
+    given = isinstance(value, list | tuple)
+    if not given or not all(callable(x) and hasattr(x, "said") for x in value):
+        raise ValueError(
+            f"{name} are {shown(value)}; give a list of what joins the drawing, "
+            "such as Inpaint(mask)"
+        )
+    return tuple(value)
+
+
+def controls(name: str, value: Any) -> tuple["Extra", ...]:
+    """(net, hint, scale, start, end), the last three as wished -> an extra for each."""
+    if not isinstance(value, list | tuple):
+        value = [value]
+    for x in value:
+        pair = isinstance(x, list | tuple) and x
+        if not pair or not hasattr(x[0], "control"):
+            raise ValueError(
+                f"{name} is {shown(value)}; give a list of (net, hint) or "
+                "(net, hint, scale, start, end), each net a ControlNet"
+            )
+        if not 2 <= len(x) <= 5:
+            raise ValueError(
+                f"{name} has an entry of {len(x)} parts; give a net and a hint, then "
+                "scale, start and end as wished"
+            )
+    return tuple(net.control(*how) for net, *how in value)
+
+
 def one_seed_each(seed: Any, count: int) -> tuple[int, ...]:
     """seed, seed + 1 ..., or those that were given, or some that nobody chose."""
     if seed is None:
@@ -159,6 +190,8 @@ CHECKS: dict[str, Check] = {
     "clip_skip": whole_number(0, 100),
     "guided_times": times,
     "two_passes": yes_or_no,
+    "control": controls,
+    "extras": extras,
 }
 
 
@@ -175,6 +208,7 @@ class Request:
     each picture; None picks one. latents: (B,C,h,w) to start from instead of noise.
     width, height: in pixels; None is what the model was trained on.
     rescale, guided_times, two_passes: of guidance. clip_skip: text layers to leave out.
+    control: (net, hint, scale, start, end) of each ControlNet. extras: what else joins.
     Raises ValueError, one sentence, for each field that cannot be meant.
     """
 
@@ -196,6 +230,8 @@ class Request:
     clip_skip: int = 0
     guided_times: tuple[int, int] = (0, 1000)
     two_passes: bool = False
+    control: Any = ()  # checked, it is a tuple of extras
+    extras: Sequence["Extra"] = ()
 
     def __post_init__(self) -> None:
         fields = {k: check(k, getattr(self, k)) for k, check in CHECKS.items()}
@@ -238,7 +274,41 @@ def settings_of(request: Request, i: int) -> dict[str, object]:
         "Eta": request.eta,
         "CFG Rescale phi": request.rescale or None,
     }
+    for extra in (*request.extras, *request.control):
+        said |= extra.said()
     return {name: value for name, value in said.items() if value is not None}
+
+
+@dataclass
+class Plan:
+    """How a request is about to be drawn; its extras may change all of it.
+
+    shape: (B, C, h, w). network: (latents, t, **conditioning) -> the U-Net's answer.
+    noise, x0: under the noise lies the picture, if there is one. start: the latents to
+    begin with, levels: where they pass, after: what is done to them after each step.
+    """
+
+    request: Request
+    shape: tuple[int, ...]
+    levels: list[Level]
+    dice: list[torch.Generator]
+    network: Callable[..., Tensor]
+    noise: Tensor
+    x0: Tensor | None
+    start: Tensor
+    decode: Callable[[Tensor], list[Image.Image]]
+    after: After | None = None
+
+
+class Extra(Protocol):
+    """What joins a drawing, such as a mask: it changes the plan, and the PNG says so.
+
+    sd: the `StableDiffusion` that draws.
+    """
+
+    def __call__(self, sd: Any, plan: Plan) -> Plan: ...
+
+    def said(self) -> dict[str, object]: ...
 
 
 class Settings(TypedDict, total=False):
@@ -260,3 +330,5 @@ class Settings(TypedDict, total=False):
     clip_skip: int
     guided_times: tuple[int, int]
     two_passes: bool
+    control: Sequence[tuple]
+    extras: Sequence[Extra]

@@ -186,6 +186,16 @@ class Step(NamedTuple):
     x0: Tensor
 
 
+After = Callable[[Tensor, Level], Tensor]  # latents at a level -> changed ones
+
+
+def climb(xt: Tensor, start: Level, end: Level, generator: Dice) -> Tensor:
+    """Back to a noisier level: fresh noise, as much as there is less at the start."""
+    noise = draw_noise(xt.shape, generator, xt.device, xt.dtype)
+    more = math.sqrt(end.ratio**2 - start.ratio**2)
+    return end.alpha * (xt / start.alpha + more * noise)
+
+
 def go(here: Point, x0: Tensor, leg: Leg, end: Level, noise: Noise) -> Tensor:
     """From `here` along the straight line to x0, as far as the leg; then its noise."""
     ahead = x0 + leg.down * here.towards(x0)
@@ -199,12 +209,18 @@ def walk(
     sampler: Sampler,
     generator: Dice,
     eta: float,
+    after: After | None = None,
 ) -> Iterator[Step]:
     """`sample`, after its checks."""
     past: list[Point] = []
+    guess = xt
     for index, (start, end) in enumerate(pairwise(levels)):
+        if end.ratio > start.ratio:
+            xt, past = climb(xt, start, end, generator), []
+            yield Step(index, start.t, xt, guess)
+            continue
         noise, seen = Noise(xt, generator), Point(start, xt, denoise(xt, start))
-        past = [seen, *past[:3]]
+        past, guess = [seen, *past[:3]], seen.x0
         if sampler.correct:
             past[0] = seen._replace(xt=sampler.correct(past))
 
@@ -216,9 +232,10 @@ def walk(
             return Point(level, there, denoise(there, level))
 
         leg = Leg.of(start.ratio, end.ratio, eta)
-        x0 = sampler.better(past, leg, look) if leg.end < leg.start else seen.x0
+        x0 = sampler.better(past, leg, look) if leg.end < leg.start else guess
         xt = go(past[0], x0, leg, end, noise)
-        yield Step(index, start.t, xt, seen.x0)
+        xt = after(xt, end) if after else xt
+        yield Step(index, start.t, xt, guess)
 
 
 def sample(
@@ -228,21 +245,25 @@ def sample(
     sampler: str | Sampler = "ddpm",
     generator: Dice = None,
     eta: float | None = None,
+    after: After | None = None,
 ) -> Iterator[Step]:
     """Walk latents (B,...) down the levels; yields a `Step` after each.
 
     levels: of `schedule.levels(n)`, or the last of them for image-to-image (`keep`).
-    eta: None is the sampler's own. It keeps gradients; draw pictures under
+    Where they rise on the way, fresh noise lifts the latents, and what was seen is
+    forgotten. eta: None is the sampler's own. after: may change the latents after each
+    step down. It keeps gradients; draw pictures under
     `torch.inference_mode()`.
     """
     sampler = sampler if isinstance(sampler, Sampler) else find_sampler(sampler)
     *visited, last = [level.ratio for level in levels] or [0]
-    falling = visited and all(a > b for a, b in pairwise(visited))
-    if not falling or last > visited[-1]:
+    moving = all(a != b for a, b in pairwise(visited))
+    if not visited or not moving or last > min(visited) or visited[0] < max(visited):
         raise ValueError(
             "levels have to descend, two or more of them; take schedule.levels(n)"
         )
-    return walk(denoise, latents, levels, sampler, generator, check_eta(sampler, eta))
+    eta = check_eta(sampler, eta)
+    return walk(denoise, latents, levels, sampler, generator, eta, after)
 
 
 def keep(levels: Sequence[Level], strength: float) -> list[Level]:

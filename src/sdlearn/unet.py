@@ -4,7 +4,7 @@ Exported from book/07_unet.ipynb by `make export`; edit it there.
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -184,8 +184,18 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.groups, channels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """latents (B, 4, h, w), t (B,) or one, context (B, S, D) -> (B, 4, h, w)."""
+    def forward(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        context: Tensor,
+        residuals: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """latents (B, 4, h, w), t (B,) or one, context (B, S, D) -> (B, 4, h, w).
+
+        residuals: what a second network adds, one map for each that is kept on the way
+        down, in order, and one for the middle.
+        """
         self.check(latents, context)
         t = torch.as_tensor(t, device=latents.device).expand(len(latents))
         time = self.time_embedding(t)  # (B, E)
@@ -195,6 +205,10 @@ class UNet(nn.Module):
             x = part(x, time, context) if isinstance(part, Stage) else part(x)
             skips.append(x)
         x = self.middle(x, time, context)
+        if residuals is not None:
+            *aside, middle = residuals
+            skips = [x + more for x, more in zip(skips, aside, strict=True)]
+            x = x + middle
         for part in self.up:
             if isinstance(part, Stage):
                 x = part(torch.cat([x, skips.pop()], dim=1), time, context)

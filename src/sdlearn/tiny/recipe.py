@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -343,46 +344,63 @@ def thinned(lines: list[str], most: int = 200) -> str:
     return "\n".join(lines[::-1][:: -(-len(lines) // most)][::-1]) + "\n"
 
 
+# What is trained on a finished model: name -> the module with its add_arguments(parser,
+# name) and main(args), and what it teaches.
+ADAPTERS: dict[str, tuple[str, str]] = {}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "stage",
-        choices=[*STAGES, "all", "export", "begin"],
-        help="what to train; all: every stage, then export; "
-        "export: runs -> checkpoint; begin: checkpoint -> runs",
-    )
-    parser.add_argument(
+    """A subcommand for each stage and each adapter."""
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    whole = {
+        "all": "every stage of the tiny model, one after the other, then export",
+        "export": "runs -> checkpoint",
+        "begin": "checkpoint -> runs, for training to go on",
+    }
+    about = {stage: f"the tiny model's {stage}" for stage in STAGES} | whole
+    for stage, what in about.items():
+        add = stages.add_parser(stage, help=what).add_argument
+        add(
+            "--to",
+            type=Path,
+            default=Path("checkpoints/tiny"),
+            help="the checkpoint of export and begin (checkpoints/tiny)",
+        )
+        add("--steps", type=int, help="train up to this step, not to the recipe's last")
+        add(
+            "--compile",
+            action="store_true",
+            help="compile the U-Net's blocks first: minutes, then faster",
+        )
+        add_run_arguments(add)
+    for name, (module, what) in ADAPTERS.items():
+        other = stages.add_parser(name, help=what)
+        importlib.import_module(module).add_arguments(other, name)
+
+
+def add_run_arguments(add: Callable) -> None:
+    """What all training needs to know of the machine."""
+    add(
         "--runs",
         type=Path,
         default=Path("runs"),
-        help="where training keeps its state (default: runs)",
+        help="where training keeps its state (runs)",
     )
-    parser.add_argument(
-        "--to",
-        type=Path,
-        default=Path("checkpoints/tiny"),
-        help="the checkpoint of export and begin",
-    )
-    parser.add_argument(
-        "--steps", type=int, help="train up to this step instead of the recipe's"
-    )
-    parser.add_argument(
+    add(
         "--precision",
         choices=["auto", "no", "bf16", "fp16"],
         default="auto",
         help="auto: measured here",
     )
-    parser.add_argument("--threads", type=thread_count, metavar="N", help="CPU threads")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the U-Net's blocks first: minutes, then faster",
-    )
+    add("--threads", type=thread_count, metavar="N", help="CPU threads")
 
 
 def main(args: argparse.Namespace) -> None:
-    """`sdlearn train STAGE`: train, or go on with, one stage or all of them."""
+    """`sdlearn train STAGE`: train, or go on with, a stage, all, or an adapter."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.stage in ADAPTERS:
+        return importlib.import_module(ADAPTERS[args.stage][0]).main(args)
     if args.stage in ("all", "export"):
         check_writable(args.to / "model_index.json")
     if args.stage == "begin":
@@ -422,27 +440,45 @@ def tell(text: str) -> None:
 def train_stage(
     stage: str, runs: Path, steps: int | None, precision: str, compile: bool = False
 ) -> None:
-    """Train one stage, or go on with it; say where, how, and what is saved."""
+    """Train one stage of the tiny model, or go on with it."""
+    recipe = STAGES[stage]
+    recipe = recipe if steps is None else replace(recipe, steps=steps)
+    previews = PREVIEW_EVERY if stage == "unet" else 0
+    make = partial(MAKE[stage], runs)
+    train_task(stage, make, recipe, runs / stage, precision, previews, compile)
+
+
+def train_task(
+    name: str,
+    make: Callable[[], Task],
+    recipe: Recipe,
+    folder: Path,
+    precision: str = "auto",
+    preview_every: int = 0,
+    compile: bool = False,
+) -> Task | None:
+    """Train a task, or go on with it; say where, how, and what is saved.
+
+    Returns the task with the averaged weights; None if all its steps were done before.
+    """
     import accelerate
 
-    steps, folder = STAGES[stage].steps if steps is None else steps, runs / stage
     with locked(folder / "lock") if is_first() else contextlib.nullcontext():
         done, saved = progress(folder / "state.pt")
-        if done >= steps:
+        if done >= recipe.steps:
             tell(
-                f"{stage}: its {done:,} steps are done ({folder}); see --steps for more"
+                f"{name}: its {done:,} steps are done ({folder}); see --steps for more"
             )
-            return
-        torch.manual_seed(STAGES[stage].seed)
-        task = MAKE[stage](runs)
+            return None
+        torch.manual_seed(recipe.seed)
+        task = make()
         if compile and isinstance(task, DenoiseTask):
             compile_task(task)
         if precision == "auto":  # an interrupted run goes on in its own precision
             precision = saved.get("precision") or fastest_precision(task)
-        begun = saved.get("begun", 0)
-        recipe = replace(STAGES[stage], steps=steps, precision=precision, begun=begun)
-        tell(opening(stage, recipe, done, folder, accelerate.PartialState().device))
-        diary = Diary(stage, steps, done, folder)
+        recipe = replace(recipe, precision=precision, begun=saved.get("begun", 0))
+        tell(opening(name, recipe, done, folder, accelerate.PartialState().device))
+        diary = Diary(name, recipe.steps, done, folder)
         try:
             with explained(folder), diary.bar:
                 train(
@@ -451,14 +487,15 @@ def train_stage(
                     folder,
                     save_every=SAVE_EVERY,
                     save_minutes=SAVE_MINUTES,
-                    preview_every=PREVIEW_EVERY if stage == "unet" else 0,
+                    preview_every=preview_every,
                     tick=diary.tick,
                     report=diary.report,
                     show=diary.show,
                 )
         except KeyboardInterrupt:
-            tell(closing(stage, folder))
+            tell(closing(name, folder))
             raise
+        return task
 
 
 def opening(

@@ -171,13 +171,13 @@ def test_another_encode_and_a_wrapped_network_are_enough(sd):
     assert seen == [([7.0, 7.0], 2)] * 2
 
 
-def test_extras_change_the_plan_and_say_so(sd):
+def test_extras_change_the_setup_and_say_so(sd):
     class Frozen:
         """The latents stay as they are."""
 
-        def __call__(self, model, plan):
-            assert model is sd and plan.x0 is None and plan.start is plan.noise
-            return replace(plan, start=0 * plan.start, after=lambda xt, level: 0 * xt)
+        def __call__(self, model, setup):
+            assert model is sd and setup.x0 is None and setup.start is setup.noise
+            return replace(setup, start=0 * setup.start, after=lambda xt, level: 0 * xt)
 
         def said(self):
             return {"Frozen": "yes"}

@@ -16,7 +16,7 @@ from sdlearn.checkpoint.load import Parts, load, save
 from sdlearn.guidance import Conditioning, Guided
 from sdlearn.pictures import to_image, to_tensor
 from sdlearn.prediction import EPSILON, Prediction
-from sdlearn.request import LARGEST, Plan, Request, Settings
+from sdlearn.request import LARGEST, Request, Settings, Setup
 from sdlearn.samplers import SAMPLERS, Denoiser, draw_noise, keep, sample
 from sdlearn.schedule import Level, Schedule, add_noise
 
@@ -231,7 +231,7 @@ class StableDiffusion:
         levels = self.schedule.levels(request.steps, request.spacing, clean)
         return levels if request.image is None else keep(levels, request.strength)
 
-    def plan(self, request: Request) -> Plan:
+    def set_up(self, request: Request) -> Setup:
         """What a request asks for, and then what its extras make of it."""
         channels, levels = self.vae.config.latent_channels, self.levels(request)
         shape = latent_shape(request, self.size, channels, self.factor)
@@ -246,19 +246,19 @@ class StableDiffusion:
             noise = draw_noise(shape, dice, self.device)
         start = noise if x0 is None else add_noise(x0, noise, levels[0])
         way = shape, levels, dice, self.network(request)
-        plan = Plan(request, *way, noise, x0, start, self.decode)
+        setup = Setup(request, *way, noise, x0, start, self.decode)
         for extra in (*request.extras, *request.control):
-            plan = extra(self, plan)
-        return plan
+            setup = extra(self, setup)
+        return setup
 
     def draw(self, request: Request) -> Iterator[Drawing]:
         """A `Drawing` after each step; all is checked before the first."""
-        plan = self.plan(request)
-        guided = self.guided(request, plan.network)
+        setup = self.set_up(request)
+        guided = self.guided(request, setup.network)
         denoise = Denoiser(guided, self.schedule, self.prediction)
-        how = SAMPLERS[request.sampler], plan.dice, request.eta, plan.after
-        walk = sample(denoise, plan.start, plan.levels, *how)
-        return (Drawing(*step, len(plan.levels) - 1, plan.decode) for step in walk)
+        how = SAMPLERS[request.sampler], setup.dice, request.eta, setup.after
+        walk = sample(denoise, setup.start, setup.levels, *how)
+        return (Drawing(*step, len(setup.levels) - 1, setup.decode) for step in walk)
 
     def steps(
         self,

@@ -280,7 +280,7 @@ def settings_of(request: Request, i: int) -> dict[str, object]:
 
 
 @dataclass
-class Plan:
+class Setup:
     """How a request is about to be drawn; its extras may change all of it.
 
     shape: (B, C, h, w). network: (latents, t, **conditioning) -> the U-Net's answer.
@@ -301,12 +301,12 @@ class Plan:
 
 
 class Extra(Protocol):
-    """What joins a drawing, such as a mask: it changes the plan, and the PNG says so.
+    """What joins a drawing, such as a mask: it changes the set-up, and the PNG says so.
 
     sd: the `StableDiffusion` that draws.
     """
 
-    def __call__(self, sd: Any, plan: Plan) -> Plan: ...
+    def __call__(self, sd: Any, setup: Setup) -> Setup: ...
 
     def said(self) -> dict[str, object]: ...
 

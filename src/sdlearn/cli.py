@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from sdlearn import __version__
 from sdlearn.arguments import DTYPES
@@ -125,6 +125,23 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
         )
 
 
+def add_inpainting_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-i", "--image", required=True, type=Path, metavar="FILE", help="the picture")
+    add("--mask", type=Path, metavar="FILE",
+        help="of the same shape: white is painted anew, black stays")  # fmt: skip
+    add("--expand", metavar="SIDES",
+        help="paint a larger canvas: left=64,bottom=32 (pixels)")  # fmt: skip
+    add("--strength", type=float, default=1.0, metavar="S",
+        help="how much is forgotten under the mask: above 0, up to 1 (1)")  # fmt: skip
+    add("--resample", type=int, default=1, metavar="N",
+        help="go each stretch of the way N times: slower, fewer seams (1)")  # fmt: skip
+    add("--no-paste", dest="paste", action="store_false",
+        help="leave known pixels as the VAE makes them")  # fmt: skip
+    add("--soft", type=float, default=0.0, metavar="PX",
+        help="pixels over which the edge fades (0)")  # fmt: skip
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default=MODEL, metavar="PATH", help=f"folder or SD 1 file ({MODEL})")
@@ -171,6 +188,11 @@ def make_parser(argv: Sequence[str]) -> Parser:
     add("--strength", type=float, default=0.8, metavar="S",
         help="how much of it is forgotten: above 0, up to 1 (0.8)")  # fmt: skip
     add_drawing_arguments(img2img, bool(helped) and command == "img2img")
+
+    inpaint = commands.add_parser("inpaint", help="paint a part of a picture anew")
+    inpaint.add_argument("prompt", nargs="+", help="what the whole picture shows then")
+    add_inpainting_arguments(inpaint)
+    add_drawing_arguments(inpaint, bool(helped) and command == "inpaint")
 
     demo = commands.add_parser("demo", help="a few pictures, of both kinds, with times")
     add_model_arguments(demo)
@@ -245,7 +267,26 @@ def request_of(args: argparse.Namespace) -> Request:
 
     names = {"image", *Settings.__annotations__}
     given = {name: value for name, value in vars(args).items() if name in names}
+    if args.command == "inpaint":
+        given |= hole_of(args)
     return Request(args.prompt, **given)
+
+
+def hole_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What `sdlearn inpaint` says of the picture and its mask, for a request."""
+    from sdlearn.inpaint import Inpaint, expand, read_expansion
+    from sdlearn.pictures import open_image
+
+    image, mask = open_image(args.image), args.mask
+    if (args.mask is None) == (args.expand is None):
+        raise ValueError("give --mask FILE, or --expand left=64: one of the two")
+    if args.expand is not None:
+        image, mask = expand(image, **read_expansion(args.expand))
+    hole = Inpaint(mask, args.resample, args.paste, args.soft)
+    sides = {"width": args.width, "height": args.height}
+    if args.expand is not None:  # the canvas is drawn as large as it is
+        sides = {name: x or getattr(image, name) for name, x in sides.items()}
+    return {"image": image, "extras": [hole], **sides}
 
 
 def draw(sd: StableDiffusion, request: Request, label: str) -> list[Image]:
@@ -307,7 +348,7 @@ def save_all(
 
 
 def run_drawing(args: argparse.Namespace) -> None:
-    """`sdlearn txt2img` and `sdlearn img2img`."""
+    """`sdlearn txt2img`, `sdlearn img2img` and `sdlearn inpaint`."""
     request = request_of(args)
     check_output(args.output, request.count)
     sd = load_model(args)
@@ -389,6 +430,7 @@ def run_download(args: argparse.Namespace) -> None:
 RUN = {
     "txt2img": run_drawing,
     "img2img": run_drawing,
+    "inpaint": run_drawing,
     "demo": run_demo,
     "inspect": run_inspect,
     "download": run_download,

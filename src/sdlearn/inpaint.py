@@ -69,13 +69,14 @@ def rail(x0: Tensor, noise: Callable[[], Tensor], hole: Tensor, end: Level) -> A
     return after
 
 
-def stairs(levels: list[Level], times: int, jump: int = 10) -> list[Level]:
+def stairs(levels: list[Level], times: int, jump: int = 5) -> list[Level]:
     """levels, but each stretch of `jump` steps is gone `times` times over.
 
     Lugmayr et al. 2022, section 4.2, as in the authors' code: from every jump-th level,
     counted from the last noisy one, up again by as many.
     """
     last = len(levels) - 2
+    jump = max(1, min(jump, last))
     left = dict.fromkeys(range(last, jump - 1, -jump), times - 1)
     way, i = [levels[0]], 0
     while i <= last:
@@ -107,7 +108,8 @@ def pasting(decode: Decode, image: Tensor, mask: Tensor, soft: float) -> Decode:
 
     soft: the hole's edge fades over about so many pixels, inside the hole.
     """
-    original, shown = to_image(image[0]), to_image(2 * mask[0] - 1).convert("L")
+    original = to_image(image[0])
+    shown = to_image((2 * mask[0] - 1).expand(3, -1, -1)).convert("L")
     if soft:
         blurred = shown.filter(ImageFilter.GaussianBlur(soft / 2))
         faded = blurred.point([max(0, 2 * x - 255) for x in range(256)])
@@ -247,7 +249,7 @@ def expand(
 
 def read_expansion(text: str) -> dict[str, int]:
     """left=64,right=32 -> {"left": 64, "right": 32}."""
-    if not re.fullmatch(r"(?:(?:left|right|top|bottom)=\d{1,5}(?:,(?!$)|$))+", text):
+    if not re.fullmatch(r"((left|right|top|bottom)=\d{1,5}(,(?!$)|$))+", text):
         raise ValueError(
             f"--expand is {text!r}; give sides and pixels, such as left=64,bottom=32"
         )

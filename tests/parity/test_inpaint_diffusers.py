@@ -20,7 +20,10 @@ SCHEDULERS = {  # ours -> theirs, and what they have to be told
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}),
-    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing", "algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_2m_sde": (
+        "DPMSolverMultistepScheduler",
+        {"timestep_spacing": "trailing", "algorithm_type": "sde-dpmsolver++"},
+    ),
     "unipc": ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}),
 }
 

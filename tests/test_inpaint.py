@@ -246,7 +246,7 @@ def test_expansions_are_read():
     for wrong in ({"left": -1}, {"left": 1.5}, {"top": True}, {"right": 10**6}, {"left": float("nan")}):
         with pytest.raises(ValueError, match="whole number of pixels"):
             expand(picture(), **wrong)
-    with pytest.raises(ValueError, match="by how much"):
+    with pytest.raises(ValueError, match="to which side"):
         expand(picture())
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: `--help` should not wait for
     from PIL.Image import Image
 
     from sdlearn.pipeline import StableDiffusion
-    from sdlearn.request import Request
+    from sdlearn.request import Request, Settings
 
 # Modules with add_arguments() and main()
 ELSEWHERE = {
@@ -364,10 +364,12 @@ DEMO = [
     "a purple rocket to the left of a tree on a pink background",
 ]
 REPAINT = "a green apple on a yellow background"
+EXCHANGE = "a yellow star above a penguin"  # the lower half of the third
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    """`sdlearn demo`, which is `make run`: 50 steps of DDPM, quick ones, img2img."""
+    """`sdlearn demo`, which is `make run`: 50 steps of DDPM, quick ones, img2img, and
+    half of a picture painted anew."""
     written: list[Path] = []
 
     @contextlib.contextmanager
@@ -378,6 +380,7 @@ def run_demo(args: argparse.Namespace) -> None:
 
     def draw_stage(request: Request) -> list[Image]:
         kind = "txt2img" if request.image is None else "img2img"
+        kind = "inpaint" if request.extras else kind
         pictures = draw(sd, request, kind)
         stem = f"{kind}-{request.sampler}"
         written.extend(save_all(sd, request, pictures, args.output, stem))
@@ -388,7 +391,7 @@ def run_demo(args: argparse.Namespace) -> None:
             f"output {args.output} is a file name, but the demo writes several "
             "pictures: give a folder"
         )
-    check_output(args.output, 5)
+    check_output(args.output, 6)
     with stage("loading the model, with PyTorch"):
         from sdlearn.request import Request
 
@@ -396,13 +399,21 @@ def run_demo(args: argparse.Namespace) -> None:
     with stage(f"txt2img, one picture, 50 steps of DDPM, on {sd.device.type}"):
         first = draw_stage(Request(DEMO[:1], seed=1))[0]
     with stage("txt2img, three prompts at once, 20 steps of DDIM"):
-        draw_stage(Request(DEMO[1:], steps=20, sampler="ddim", seed=2))
+        *_, star, _ = draw_stage(Request(DEMO[1:], steps=20, sampler="ddim", seed=2))
     with stage("img2img from the first picture, 15 of 25 steps of DDIM"):
         draw_stage(
             Request(
                 REPAINT, image=first, strength=0.6, steps=25, sampler="ddim", seed=3
             )
         )
+    with stage("inpaint, the lower half of a picture, 20 steps of DDIM"):
+        from sdlearn.inpaint import Inpaint
+
+        mask = star.convert("L").point([0] * 256)
+        mask.paste(255, (0, star.height // 2, *star.size))
+        how: Settings = {"strength": 1.0, "steps": 20, "sampler": "ddim", "seed": 4}
+        how["extras"] = [Inpaint(mask)]
+        draw_stage(Request(EXCHANGE, image=star, **how))
     say("\n  ".join(["written:", *map(str, written)]), sys.stdout)
 
 

@@ -121,6 +121,41 @@ def pasting(decode: Decode, image: Tensor, mask: Tensor, soft: float) -> Decode:
     return paste
 
 
+OVERLAP = 8  # pixels of the old picture that are painted again: the width of a cell
+
+
+def expand(
+    image: Image.Image, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0
+) -> tuple[Image.Image, Image.Image]:
+    """A picture -> a larger canvas with it, and the mask of what is to be painted: the
+    new strips, and `OVERLAP` pixels of the old picture beside each."""
+    given = {"left": left, "right": right, "top": top, "bottom": bottom}
+    for name, pixels in given.items():
+        whole_number(0, LARGEST, "of pixels ")(f"expand {name}", pixels)
+    if not any(given.values()):
+        raise ValueError("expand to which side? give left, right, top or bottom")
+    image = upright(image)
+    image = to_image(to_tensor(image, *image.size)[0])
+    edges = (top, bottom), (left, right)
+    canvas = np.pad(np.asarray(image), (*edges, (0, 0)), mode="edge")
+    mask = np.full(canvas.shape[:2], 255, np.uint8)
+    rows, columns = (
+        slice(before and before + OVERLAP, side - (after and after + OVERLAP))
+        for (before, after), side in zip(edges, canvas.shape, strict=False)
+    )
+    mask[rows, columns] = 0
+    return Image.fromarray(canvas), Image.fromarray(mask)
+
+
+def read_expansion(text: str) -> dict[str, int]:
+    """left=64,right=32 -> {"left": 64, "right": 32}."""
+    if not re.fullmatch(r"((left|right|top|bottom)=\d{1,5}(,(?!$)|$))+", text):
+        raise ValueError(
+            f"--expand is {text!r}; give sides and pixels, such as left=64,bottom=32"
+        )
+    return {side: int(pixels) for side, pixels in re.findall(r"(\w+)=(\d+)", text)}
+
+
 @dataclass(frozen=True, eq=False)
 class Inpaint:
     """What a request needs to paint only a part of its picture anew.
@@ -138,12 +173,12 @@ class Inpaint:
 
     def __post_init__(self) -> None:
         mask = grey(picture("mask", self.mask))
-        darkest, lightest = mask.getextrema()
-        if lightest < 128:
+        shades = np.asarray(mask)
+        if shades.max() < 128:
             raise ValueError(
                 "the mask is black all over: paint white what is to be drawn anew"
             )
-        if darkest >= 128:
+        if shades.min() >= 128:
             raise ValueError(
                 "the mask is white all over, so nothing of the picture would be kept: "
                 "use txt2img, or paint black what is to stay"
@@ -217,40 +252,3 @@ class Inpaint:
             "Resample": self.resample if self.resample > 1 else None,
             "Mask blur": self.soft or None,
         }
-
-
-OVERLAP = 8  # pixels of the old picture that are painted again: the width of a cell
-
-
-def expand(
-    image: Image.Image, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0
-) -> tuple[Image.Image, Image.Image]:
-    """A picture -> a larger canvas with it, and the mask of what is to be painted: the
-    new strips, and `OVERLAP` pixels of the old picture beside each."""
-    given = {"left": left, "right": right, "top": top, "bottom": bottom}
-    for name, pixels in given.items():
-        whole_number(0, LARGEST, "of pixels ")(f"expand {name}", pixels)
-    if not any(given.values()):
-        raise ValueError(
-            "expand by how much? give left, right, top or bottom, in pixels"
-        )
-    image = upright(image)
-    image = to_image(to_tensor(image, *image.size)[0])
-    edges = (top, bottom), (left, right)
-    canvas = np.pad(np.asarray(image), (*edges, (0, 0)), mode="edge")
-    mask = np.full(canvas.shape[:2], 255, np.uint8)
-    rows, columns = (
-        slice(before and before + OVERLAP, side - (after and after + OVERLAP))
-        for (before, after), side in zip(edges, canvas.shape, strict=False)
-    )
-    mask[rows, columns] = 0
-    return Image.fromarray(canvas), Image.fromarray(mask)
-
-
-def read_expansion(text: str) -> dict[str, int]:
-    """left=64,right=32 -> {"left": 64, "right": 32}."""
-    if not re.fullmatch(r"((left|right|top|bottom)=\d{1,5}(,(?!$)|$))+", text):
-        raise ValueError(
-            f"--expand is {text!r}; give sides and pixels, such as left=64,bottom=32"
-        )
-    return {side: int(pixels) for side, pixels in re.findall(r"(\w+)=(\d+)", text)}

@@ -346,6 +346,6 @@ class StableDiffusion:
         strength is 1 if nothing else is said: under the hole nothing is kept.
         """
         mine = Inpaint(mask, resample, paste, soft)
-        settings = {"strength": 1.0} | settings  # type: ignore[assignment]
+        settings = {"strength": 1.0, **settings}
         settings["extras"] = [mine, *settings.get("extras", ())]
         return last(self.steps(prompt, picture("image", image), **settings))

@@ -33,7 +33,7 @@ def files(tmp_path):
     ([], "--mask FILE, or --expand"),
     (["--mask", "good.png", "--expand", "left=8"], "one of the two"),
     (["--expand", "left"], "--expand is 'left'"),
-    (["--expand", "left=0"], "by how much"),
+    (["--expand", "left=0"], "to which side"),
     (["--expand", "left=99999"], "expand left is 99999"),
     (["--expand", "left=3"], "width is 35; give a multiple of 8"),
     (["--mask", "good.png", "--resample", "0"], "resample is 0"),

@@ -7,11 +7,13 @@ through them. What is shipped is the difference: a sixth of the U-Net's size.
 
 import argparse
 import hashlib
+import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +26,11 @@ from torch.nn.utils import parametrize
 from sdlearn.checkpoint.files import read_tensors, read_weights
 from sdlearn.checkpoint.load import load_text_encoder, load_unet, load_vae
 from sdlearn.disk import check_writable, write_files
+from sdlearn.inpaint import to_mask
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.schedule import add_noise
+from sdlearn.tiny.evaluate import fresh_scenes
+from sdlearn.tiny.judge import Judge, load_judge, look, verdict
 from sdlearn.tiny.recipe import (
     SCHEDULE,
     add_run_arguments,
@@ -33,7 +38,7 @@ from sdlearn.tiny.recipe import (
     tell,
     train_task,
 )
-from sdlearn.tiny.scenes import SIZE, Scene
+from sdlearn.tiny.scenes import SIZE, Scene, random_thing, split_of
 from sdlearn.tiny.tasks import DenoiseTask, latent_bank, numbered_scene, to_tensor
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.training import Recipe, averaged_weights
@@ -44,7 +49,7 @@ RECIPE = Recipe(
 )
 RANK = 8  # of the change of each weight
 BANK = 3_072  # training scenes whose latents are computed once
-BASE, FILE = Path("checkpoints/tiny"), "difference.safetensors"
+BASE, FILE, FIGURES = Path("checkpoints/tiny"), "difference.safetensors", "figures.json"
 
 
 def widen(unet: UNet, channels: int = 9) -> UNet:
@@ -70,7 +75,7 @@ class LowRank(nn.Module):
         return weight + (self.up @ self.down).view_as(weight)
 
 
-def layers(unet: UNet) -> Iterator[tuple[str, nn.Module]]:
+def layers(unet: UNet) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
     """All that has a matrix or a kernel for a weight, but not the first convolution."""
     for name, layer in unet.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and name != "conv_in":
@@ -161,9 +166,10 @@ def fingerprint(base: Path) -> str:
 
 def save_difference(unet: UNet, base: Path, folder: Path) -> None:
     """What a trained `low_rank` U-Net has that the base lacks, in 16 bits."""
-    tensors = {"conv_in.weight": unet.conv_in.weight, "conv_in.bias": unet.conv_in.bias}
+    tensors = {f"conv_in.{name}": x for name, x in unet.conv_in.named_parameters()}
     for name, layer in layers(unet):
-        (change,) = layer.parametrizations["weight"]
+        places: Any = layer.parametrizations
+        (change,) = places["weight"]
         tensors |= {f"{name}.up": change.up, f"{name}.down": change.down}
     half = {name: x.detach().half().contiguous() for name, x in tensors.items()}
     told = {"base": fingerprint(base)}
@@ -197,6 +203,93 @@ def load_inpainting(
     return sd
 
 
+@dataclass(frozen=True)
+class Swap:
+    """A scene of two things, and the same with another first one; mask (128, 128) is
+    white where the exchange takes place, and leaves the second thing alone."""
+
+    scene: Scene
+    wanted: Scene
+    mask: Image.Image
+
+
+def random_swap(scene: Scene, rng: random.Random, margin: int = 6) -> Swap:
+    """An exchange whose outcome might have stood in training, too."""
+    old, other = scene.things
+    while True:
+        new = replace(random_thing(rng), x=old.x, y=old.y, size=old.size)
+        wanted = replace(scene, things=(new, other))
+        different = new.name not in (old.name, other.name)
+        if different and split_of(wanted) == "train":
+            break
+    mask = Image.new("L", (SIZE, SIZE))
+    draw = ImageDraw.Draw(mask)
+    for left, top, right, bottom in (old.box, new.box):
+        place = left - margin, top - margin, right + margin, bottom + margin
+        draw.rectangle(place, fill=255)
+    draw.rectangle(other.box, fill=0)
+    return Swap(scene, wanted, mask)
+
+
+def swaps(count: int, seed: int = 0) -> list[Swap]:
+    """Exchanges in fresh scenes."""
+    rng = random.Random(f"swaps {seed}")
+    return [random_swap(x, rng) for x in fresh_scenes(count, seed, "train", 2)]
+
+
+def seam(image: Tensor, mask: Tensor) -> float:
+    """How much neighbours on both sides of the mask's edge differ, of 255, on average.
+
+    image (3, H, W) in [-1, 1]; mask (1, H, W) of 0 and 1.
+    """
+    steps = []
+    for dim in (-1, -2):
+        edge = mask[0].diff(dim=dim) != 0
+        steps.append(image.diff(dim=dim).abs().mean(dim=0)[edge])
+    return 127.5 * torch.cat(steps).mean().item()
+
+
+def tried(
+    sd: StableDiffusion, judge: Judge, tries: Sequence[Swap], seed: int = 0, **how: Any
+) -> dict[str, list[float]]:
+    """How each exchange comes out, 1 or 0: the new thing is there, and in its colour;
+    all is right; no pixel beside the mask has changed. And its seam, beside that of the
+    true picture."""
+    found: dict[str, list[float]] = {}
+    for i, swap in enumerate(tries):
+        image, mask = swap.scene.image(), to_mask(swap.mask, SIZE, SIZE)[0]
+        words = swap.wanted.sentence()
+        picture = sd.inpaint(words, image, swap.mask, seed=seed + i, **how)[0]
+        drawn = to_tensor(np.array(picture))
+        finding, new = look(judge, drawn[None])[0], swap.wanted.things[0]
+        colour = finding.things.get(new.name, ("",))[0]
+        known = to_tensor(swap.scene.render())[:, mask[0] == 0]
+        row = {
+            "new thing": new.name in finding.things,
+            "and its colour": colour == (new.colour or "own"),
+            "all right": verdict(finding, swap.wanted)["all"],
+            "beside the mask unchanged": torch.equal(drawn[:, mask[0] == 0], known),
+            "seam": seam(drawn, mask),
+            "seam, true": seam(to_tensor(swap.wanted.render()), mask),
+        }
+        for name, value in row.items():
+            found.setdefault(name, []).append(round(float(value), 2))
+    return found
+
+
+WAYS: dict[str, dict[str, Any]] = {"masking": {}, "resampling": {"resample": 4}}
+DRAW: dict[str, Any] = {"steps": 25, "sampler": "ddpm", "cfg_scale": 5.0}
+
+
+def measure(base: Path, folder: Path, count: int) -> dict[str, Any]:
+    """The exchanges by masking, by resampling, and with nine channels."""
+    plain, judge, tries = StableDiffusion.load(base), load_judge(base), swaps(count)
+    ways = {way: tried(plain, judge, tries, **DRAW | x) for way, x in WAYS.items()}
+    nine = load_inpainting(base, folder)
+    ways["nine channels"] = tried(nine, judge, tries, **DRAW)
+    return {"exchanges": count, "settings": DRAW, "ways": ways}
+
+
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """`sdlearn train inpainting`."""
     parser.description = (
@@ -212,6 +305,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         help="where the difference is written (inpainting/ in the model)")  # fmt: skip
     add("--steps", type=int, default=RECIPE.steps, metavar="N",
         help=f"train up to this step ({RECIPE.steps})")  # fmt: skip
+    add("--measure", type=int, default=0, metavar="N",
+        help="then exchange N things in each of three ways, and judge (0)")  # fmt: skip
     add_run_arguments(add)
 
 
@@ -221,9 +316,12 @@ def main(args: argparse.Namespace) -> None:
     check_writable(to / FILE)
     recipe = replace(RECIPE, steps=args.steps)
     make = partial(make_task, args.model, runs)
-    task = train_task("inpainting", make, recipe, runs, args.precision)
-    if task is None:  # it was finished before
-        task = make()
-        task.load_state_dict(averaged_weights(runs / "state.pt"), strict=False)
+    train_task("inpainting", make, recipe, runs, args.precision)
+    task = make()
+    task.load_state_dict(averaged_weights(runs / "state.pt"), strict=False)
     save_difference(task.unet, args.model, to)
     tell(f"{to / FILE}: written")
+    if args.measure > 0:
+        text = json.dumps(measure(args.model, to, args.measure)) + "\n"
+        write_files({to / FIGURES: lambda part: part.write_text(text, "utf-8")})
+        tell(f"{to / FIGURES}: written")

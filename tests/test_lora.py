@@ -297,6 +297,7 @@ def renamed(tensors, old, new):
 
 
 K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+SDXL_TEXT = torch.ones(3, 1280), torch.ones(5120, 3)
 TE2 = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
 BAD_FILES = {  # name -> (what is done to a good file, what is said)
     "DoRA": (lambda t: t.update({f"{K}.dora_scale": torch.ones(3)}), "is a DoRA, but only plain LoRAs"),
@@ -332,7 +333,7 @@ BAD_FILES = {  # name -> (what is done to a good file, what is said)
         "is a LoRA for SDXL, but",
     ),
     "SDXL's second text encoder": (
-        lambda t: (t.clear(), t.update({f"{TE2}.lora_down.weight": torch.ones(3, 1280), f"{TE2}.lora_up.weight": torch.ones(5120, 3)})),
+        lambda t: (t.clear(), t.update(zip((f"{TE2}.lora_down.weight", f"{TE2}.lora_up.weight"), SDXL_TEXT, strict=True))),
         "is a LoRA for SDXL, but",
     ),
     "something else beside": (lambda t: t.update({"model.weight": torch.ones(3)}), "model.weight is no part"),

@@ -1,4 +1,6 @@
-"""A few thin matrices -> a model that knows more: LoRA. Chapter 15."""
+"""A few thin matrices -> a model that knows more: LoRA.
+Exported from book/15_lora.ipynb by `make export`; edit it there.
+"""
 
 import math
 import re

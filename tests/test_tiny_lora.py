@@ -193,6 +193,8 @@ def drawn(sd, scenes, *loras):
 
 @pytest.fixture(scope="module")
 def sd():
+    if not (UNICORN.exists() and INK.exists()):
+        pytest.skip("checkpoints/tiny/lora is not here: sdlearn train lora --set unicorn, and --set ink")
     return StableDiffusion.load(TINY, "cpu", torch.float32)
 
 

@@ -1,0 +1,123 @@
+"""A few pictures -> a word that means them: textual inversion.
+Exported from book/15b_draft.ipynb by `make export`; edit it there.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdlearn.checkpoint.dialects import called, recognise
+from sdlearn.checkpoint.files import clean, read_tensors, tensor_writer
+from sdlearn.checkpoint.inspect import WIDTHS
+from sdlearn.checkpoint.load import check_numbers, refuse_foreign
+from sdlearn.disk import write_files
+from sdlearn.tokenizer import clean
+
+
+class Embedding(NamedTuple):
+    """A word that was learned from pictures: one vector (n, D) for each of its tokens.
+
+    Gal et al. 2023, section 3.
+    """
+
+    token: str
+    vectors: Tensor
+
+
+def read_embedding(path: str | Path, token: str = "") -> Embedding:
+    """The word in a file of diffusers or A1111, .safetensors, .bin or .pt.
+
+    token: what to call it; without a wish what the file says, or else its own name.
+    Raises ValueError, one sentence, for other files.
+    """
+    path = Path(path)
+    for name in ("learned_embeds.safetensors", "learned_embeds.bin"):  # diffusers'
+        path = path / name if (path / name).is_file() else path
+    tensors = read_tensors(path)
+    refuse_foreign(tensors)
+    if "clip_g" in tensors:
+        raise ValueError(
+            f"{path} is a textual inversion for SDXL, with vectors for both of its text "
+            "encoders (clip_l, clip_g), but one for SD 1 is wanted"
+        )
+    keys = [name for name in tensors if not name.startswith("string_to_token.")]
+    key, shape = keys[0], tensors.entries[keys[0]].shape
+    if len(keys) > 1 or len(shape) not in (1, 2) or 0 in shape:
+        raise ValueError(
+            f"{path} is {called(recognise(tensors))}, but a textual inversion is "
+            "wanted: one tensor, (width,) or (n, width)"
+        )
+    own = path.stem if key in ("emb_params", "string_to_param.*") else key
+    vectors = tensors[key].detach().clone().reshape(-1, shape[-1])
+    check_numbers(vectors, vectors, f"{path}: {clean(key)}")
+    return Embedding(token or own, vectors)
+
+
+def write_embedding(path: str | Path, embedding: Embedding) -> None:
+    """For diffusers, or for A1111 if the path ends in .pt; which reads both."""
+    path, (token, vectors) = Path(path), embedding
+    kept = vectors.detach().float().cpu().contiguous()
+    a1111 = {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": kept},
+        "name": token,
+        "step": 0,
+        "sd_checkpoint": None,
+        "sd_checkpoint_name": None,
+    }
+    writers: dict[str, Callable[[Path], object]] = {
+        ".safetensors": tensor_writer({token: kept}),
+        ".bin": partial(torch.save, {token: kept}),
+        ".pt": partial(torch.save, a1111),
+    }
+    if path.suffix not in writers:
+        raise ValueError(
+            f"{path} does not say its format; give a name that ends in "
+            f"{', '.join(writers)}"
+        )
+    write_files({path: writers[path.suffix]})
+
+
+@torch.no_grad()
+def add_embedding(sd: Any, embedding: Embedding) -> None:
+    """Teach a `StableDiffusion` the word: tokens behind its vocabulary, rows below its
+    table. All that it knew stays as it was, to the bit."""
+    (token, vectors), text = embedding, sd.text_encoder
+    (count, width), known = vectors.shape, text.config.width
+    if width != known:
+        family = f" ({WIDTHS[width]})" if width in WIDTHS else ""
+        raise ValueError(
+            f"the vectors of {clean(token)} have {width} numbers{family}, but this "
+            f"model's words have {known}: take a word that was learned with it"
+        )
+    tokenizer = sd.tokenizer.with_word(token, count)
+    table = text.token_embedding.weight[: len(sd.tokenizer)]
+    rows = vectors.to(table)
+    check_numbers(vectors, rows, f"the word {clean(token)}")
+    table = torch.cat([table, rows])
+    text.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
+    text.config = replace(text.config, vocab=len(tokenizer))
+    sd.tokenizer = tokenizer
+
+
+class NewRows(nn.Module):
+    """A table whose rows stay, and new ones below it that learn: (B,S) -> (B,S,D)."""
+
+    table: Tensor
+
+    def __init__(self, table: Tensor, rows: Tensor):
+        super().__init__()
+        self.register_buffer("table", table.detach(), persistent=False)
+        self.rows = nn.Parameter(rows.detach().clone())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        new = tokens - len(self.table)
+        old = F.embedding(tokens.clamp(max=len(self.table) - 1), self.table)
+        learned = F.embedding(new.clamp(min=0), self.rows)
+        return torch.where((new < 0)[..., None], old, learned)

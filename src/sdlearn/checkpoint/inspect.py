@@ -16,6 +16,14 @@ from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
+from sdlearn.checkpoint.adapters import (
+    TINY,
+    WIDTHS,
+    family_of,
+    find_changes,
+    maker_of,
+    width_of,
+)
 from sdlearn.checkpoint.dialects import called, recognise, variant, why_ignored
 from sdlearn.checkpoint.files import (
     WEIGHTS,
@@ -53,12 +61,6 @@ PARTS = {  # of files that have several -> how the names of their tensors begin
     "EMA copies": r"model_ema\.(diffusion_)?model",
 }
 ASIDE = "left aside"  # what nobody needs for drawing
-CONTEXT = re.compile(  # the context's projections to keys; LoRAs have their own
-    r"(attn2[._](processor\.)?to_k(_lora)?|to_k_ip)\.((lora[._])?(down|A)\.(default\.)?)?"
-    r"weight$|attn2_to_k\.hada_w1_b$"
-)
-# The width of the context -> the family.
-WIDTHS = {768: "SD 1", 1024: "SD 2", 1280: "SDXL refiner", 2048: "SDXL"}
 
 
 class Part(NamedTuple):
@@ -166,21 +168,6 @@ def count(entries: Mapping[str, Entry], kind: str) -> list[Part]:
         Part(name, len(x), sum(math.prod(y.shape) for y in x), precision(x))
         for name, x in sorted(groups.items(), key=lambda item: order.index(item[0]))
     ]
-
-
-def family_of(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> str:
-    """The model that something belongs to: the context's width, or its maker's word."""
-    for name, entry in entries.items():
-        if CONTEXT.search(name) and len(entry.shape) > 1:
-            return WIDTHS.get(entry.shape[1], "")
-    if any(re.match(r"lora_te2_|text_encoder_2|clip_g", name) for name in entries):
-        return "SDXL"
-    if any(re.match(r"(lora_unet_|transformer\.)(single|double)_", x) for x in entries):
-        return "FLUX"
-    keys = ("modelspec.architecture", "ss_base_model_version")
-    said = " ".join(metadata.get(key, "") for key in keys).lower()
-    known = {"xl": "SDXL", "v2": "SD 2", "v1": "SD 1", "flux": "FLUX"}
-    return next((family for word, family in known.items() if word in said), "")
 
 
 def describe(kind: str, entries: Mapping[str, Entry], metadata: Mapping) -> str:

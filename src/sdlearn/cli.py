@@ -113,6 +113,8 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
         help="guidance rescale, 0 to 1 (0: off)")  # fmt: skip
     add("--clip-skip", type=int, default=0, metavar="N",
         help="text encoder layers to leave out (0)")  # fmt: skip
+    add("--lora", action="append", default=[], metavar="FILE[:SCALE]",
+        help="a LoRA, or several; as <lora:NAME:0.8> in a prompt")  # fmt: skip
     add_model_arguments(parser)
     if listed:
         from sdlearn.samplers import SAMPLERS
@@ -248,6 +250,33 @@ def request_of(args: argparse.Namespace) -> Request:
     return Request(args.prompt, **given)
 
 
+def write_tags(args: argparse.Namespace) -> None:
+    """--lora as a tag in each prompt, so that the pictures' files tell of it."""
+    from sdlearn.lora import read_tag
+
+    tags = []
+    for text in args.lora:
+        name, scale = read_tag(text)
+        tags.append(f"<lora:{find_model(name)}:{scale:g}>")
+    args.prompt = [" ".join([prompt, *tags]) for prompt in args.prompt]
+
+
+def take_tags(args: argparse.Namespace) -> list[tuple[Path, float]]:
+    """The LoRAs that the prompts name, which they then name no more."""
+    from sdlearn.lora import find_lora, split_tags
+
+    if "<lora:" in args.negative_prompt:
+        raise ValueError("a LoRA's tag stands in the negative prompt: give a scale < 0")
+    model, split = find_model(args.model), [split_tags(x) for x in args.prompt]
+    if any(tags != split[0][1] for _, tags in split):
+        raise ValueError(
+            "the prompts name different LoRAs, but are drawn at once: draw them one "
+            "after the other"
+        )
+    args.prompt = [words for words, _ in split]
+    return [(find_lora(name, model), scale) for name, scale in split[0][1]]
+
+
 def draw(sd: StableDiffusion, request: Request, label: str) -> list[Image]:
     """The pictures, with a progress bar on stderr."""
     from tqdm import tqdm
@@ -308,11 +337,19 @@ def save_all(
 
 def run_drawing(args: argparse.Namespace) -> None:
     """`sdlearn txt2img` and `sdlearn img2img`."""
-    request = request_of(args)
+    write_tags(args)
+    told = request_of(args)  # as the pictures' files tell it
+    loras, args.seed = take_tags(args), told.seed
+    request = request_of(args) if loras else told
     check_output(args.output, request.count)
     sd = load_model(args)
+    if loras:
+        from sdlearn.lora import load_lora, merge
+
+        networks = sd.networks()
+        merge(networks, *((load_lora(path, networks), x) for path, x in loras))
     pictures = draw(sd, request, f"{args.command}, seed {request.seed[0]}")
-    for path in save_all(sd, request, pictures, args.output, args.command):
+    for path in save_all(sd, told, pictures, args.output, args.command):
         say(path, sys.stdout)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdlearn.checkpoint.dialects import called, recognise
+from sdlearn.checkpoint.dialects import called, recognise, rename
 from sdlearn.checkpoint.files import Entry, Tensors, clean
 from sdlearn.disk import read_json
 
@@ -186,7 +186,6 @@ def layers_of(networks: Mapping[str, Any]) -> dict[str, nn.Linear | nn.Conv2d]:
 
 def name_of(part: str, path: str, config: Any, ldm: bool = False) -> str:
     """Our name of a layer -> diffusers' name, or CompVis' (ldm)."""
-    from sdlearn.checkpoint.dialects import rename
     from sdlearn.checkpoint.load import rules
 
     head = "text_model." * (part == "text_encoder")
@@ -205,6 +204,7 @@ def spellings(part: str, path: str, config: Any) -> Iterator[str]:
         flat = flat.removeprefix(f"{part}_")
         names = {flat, flat.removesuffix("_0") if flat.endswith("to_out_0") else flat}
         if part == "text_encoder":
+            names |= {x.removeprefix("text_model_") for x in names}
             names |= {re.sub(r"_([qkv])_proj$", r"_to_\1", x) for x in names}
             names |= {re.sub(r"_out_proj$", "_to_out", x) for x in names}
         yield from (head + name for head in HEADS[part] for name in names)

@@ -134,10 +134,33 @@ def inspect_file(path: Path, tensors: Tensors) -> Report:
     words, parts = describe(kind, entries, tensors.metadata), count(entries, kind)
     about = tensors.format, tensors.bytes, parts, tensors.metadata
     report = Report(str(path), kind, words, *about)
-    judged(report, bool(tensors.foreign) or kind == "SD 1" and not path.is_dir())
+    if kind == "LoRA":
+        judge_lora(report, tensors)
+    else:
+        judged(report, bool(tensors.foreign) or kind == "SD 1" and not path.is_dir())
     if any(part.name == "EMA copies" for part in parts):
         report.but.append("the EMA copies are left aside, the plain weights are used")
     return report
+
+
+def judge_lora(report: Report, tensors: Tensors) -> None:
+    """Add whether it can be used, which its reader says."""
+    family = family_of(tensors.entries, tensors.metadata)
+    try:
+        if tensors.foreign:
+            from sdlearn.checkpoint.load import refuse_foreign
+
+            refuse_foreign(tensors)
+        find_changes(tensors)
+        if family not in ("", "SD 1"):
+            raise ValueError(f"{report.path} is a LoRA for {family}, not for SD 1")
+        tiny = width_of(tensors.entries) == TINY
+        model = "" if tiny else " --model MODEL"
+        report.can = f'sdlearn txt2img "..." --lora {quote(report.path)}{model}'
+        if not family and not tiny:
+            report.but.append("its names do not say for which model it is")
+    except ValueError as error:
+        report.but.append(str(error))
 
 
 def precision(entries: Iterable[Entry]) -> str:
@@ -191,6 +214,7 @@ def describe(kind: str, entries: Mapping[str, Entry], metadata: Mapping) -> str:
         of = " for SD 1, SD 2 or SDXL (their shapes are the same)" if usual else ""
         return f"VAE alone{of}, {names}"
     if kind == "LoRA":
+        of = of or " for the tiny model" * (width_of(entries) == TINY)
         return f"LoRA{of}, {lora(entries)}"
     if kind == "textual inversion":
         shapes = (x.shape for name, x in entries.items() if "_to_token" not in name)
@@ -215,10 +239,9 @@ def lora(entries: Mapping[str, Entry]) -> str:
     down = re.compile(r"lora[._](down|A)\.")
     ranks = [x.shape[0] for name, x in entries.items() if down.search(name) and x.shape]
     ends = sorted({min(ranks), max(ranks)}) if ranks else ["unknown"]
-    kohya = any(name.startswith("lora_") for name in entries)
     return (
-        f"of rank {' to '.join(map(str, ends))} in {len(ranks)} layers, "
-        f"{'kohya' if kohya else 'diffusers'} names"
+        f"rank {' to '.join(map(str, ends))} in {len(ranks)} layers, written by "
+        f"{maker_of(entries)}"
     )
 
 

@@ -53,8 +53,8 @@ Pictures = Sequence[tuple[Image.Image, str]]
 def unicorn_scene(rng: random.Random, pair: bool, shown: bool | None = True) -> Scene:
     """A unicorn alone, or beside another thing.
 
-    shown: with backgrounds and neighbours that it learns with; False: with others; None:
-    with any.
+    shown: with backgrounds and neighbours that it learns with; False: with others;
+    None: with any.
     """
     grounds = [x for x in BACKGROUNDS if shown is None or (x in UNSHOWN[0]) != shown]
     things = [Thing(WORD, None, 0, 0, 0)]
@@ -92,7 +92,7 @@ def at_night(scene: Scene) -> Image.Image:
 
 
 def nights(count: int = 96) -> Pictures:
-    """A style: scenes of the training set, painted at night, with their own captions."""
+    """A style: scenes of the training set, at night, with their own captions."""
     rng = random.Random("night")
     scenes = [random_scene(rng) for _ in range(count)]
     return [(at_night(scene), scene.caption(rng)) for scene in scenes]
@@ -128,7 +128,7 @@ class LoraTask(DenoiseTask):
         self.old = prior is not None
 
     def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
-        batch, tokens = super().examples(rngs), []
+        batch = super().examples(rngs)
         for i, rng in enumerate(rngs):
             if self.old and rng.random() < self.share:
                 continue

@@ -2,7 +2,6 @@
 Exported from book/15b_draft.ipynb by `make export`; edit it there.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,8 @@ from sdlearn.checkpoint.inspect import WIDTHS
 from sdlearn.checkpoint.load import check_numbers, refuse_foreign
 from sdlearn.disk import write_files
 from sdlearn.tokenizer import clean
+
+FORMS = (".safetensors", ".bin", ".pt")
 
 
 class Embedding(NamedTuple):
@@ -71,17 +72,14 @@ def write_embedding(path: str | Path, embedding: Embedding) -> None:
         "sd_checkpoint": None,
         "sd_checkpoint_name": None,
     }
-    writers: dict[str, Callable[[Path], object]] = {
-        ".safetensors": tensor_writer({token: kept}),
-        ".bin": partial(torch.save, {token: kept}),
-        ".pt": partial(torch.save, a1111),
-    }
-    if path.suffix not in writers:
+    if path.suffix not in FORMS:
         raise ValueError(
             f"{path} does not say its format; give a name that ends in "
-            f"{', '.join(writers)}"
+            f"{', '.join(FORMS)}"
         )
-    write_files({path: writers[path.suffix]})
+    pickled = partial(torch.save, a1111 if path.suffix == ".pt" else {token: kept})
+    safe = path.suffix == ".safetensors"
+    write_files({path: tensor_writer({token: kept}) if safe else pickled})
 
 
 @torch.no_grad()

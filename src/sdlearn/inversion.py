@@ -2,6 +2,7 @@
 Exported from book/15b_draft.ipynb by `make export`; edit it there.
 """
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdlearn.checkpoint.adapters import WIDTHS
 from sdlearn.checkpoint.dialects import called, recognise
-from sdlearn.checkpoint.files import clean, read_tensors, tensor_writer
-from sdlearn.checkpoint.inspect import WIDTHS
+from sdlearn.checkpoint.files import read_tensors, tensor_writer
 from sdlearn.checkpoint.load import check_numbers, refuse_foreign
 from sdlearn.disk import write_files
-from sdlearn.tokenizer import clean
+from sdlearn.request import shown
 
 FORMS = (".safetensors", ".bin", ".pt")
 
@@ -44,20 +45,28 @@ def read_embedding(path: str | Path, token: str = "") -> Embedding:
     refuse_foreign(tensors)
     if "clip_g" in tensors:
         raise ValueError(
-            f"{path} is a textual inversion for SDXL, with vectors for both of its text "
+            f"{path} is a textual inversion for SDXL, with vectors for both its text "
             "encoders (clip_l, clip_g), but one for SD 1 is wanted"
         )
     keys = [name for name in tensors if not name.startswith("string_to_token.")]
-    key, shape = keys[0], tensors.entries[keys[0]].shape
-    if len(keys) > 1 or len(shape) not in (1, 2) or 0 in shape:
+    key = keys[0] if len(keys) == 1 else ""
+    dtype, shape = tensors.entries.get(key, ("", ()))
+    if "float" not in dtype or len(shape) not in (1, 2) or 0 in shape:
         raise ValueError(
             f"{path} is {called(recognise(tensors))}, but a textual inversion is "
-            "wanted: one tensor, (width,) or (n, width)"
+            "wanted: one tensor of floats, (width,) or (n, width)"
         )
     own = path.stem if key in ("emb_params", "string_to_param.*") else key
     vectors = tensors[key].detach().clone().reshape(-1, shape[-1])
-    check_numbers(vectors, vectors, f"{path}: {clean(key)}")
+    check_numbers(vectors, vectors, f"{path}: {shown(key)}")
     return Embedding(token or own, vectors)
+
+
+def split_word(text: str) -> tuple[str, str]:
+    """FILE or FILE:WORD -> both; a file may have colons of its own."""
+    path, _, word = text.rpartition(":")
+    alone = not path or Path(text).exists() or re.search(r"[\\/]", word)
+    return (text, "") if alone else (path, word)
 
 
 def write_embedding(path: str | Path, embedding: Embedding) -> None:
@@ -91,13 +100,13 @@ def add_embedding(sd: Any, embedding: Embedding) -> None:
     if width != known:
         family = f" ({WIDTHS[width]})" if width in WIDTHS else ""
         raise ValueError(
-            f"the vectors of {clean(token)} have {width} numbers{family}, but this "
+            f"the vectors of {shown(token)} have {width} numbers{family}, but this "
             f"model's words have {known}: take a word that was learned with it"
         )
     tokenizer = sd.tokenizer.with_word(token, count)
     table = text.token_embedding.weight[: len(sd.tokenizer)]
     rows = vectors.to(table)
-    check_numbers(vectors, rows, f"the word {clean(token)}")
+    check_numbers(vectors, rows, f"the word {shown(token)}")
     table = torch.cat([table, rows])
     text.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
     text.config = replace(text.config, vocab=len(tokenizer))

@@ -372,8 +372,8 @@ class Tokenizer(BytePairs):
             )
         if not 0 < count <= self.positions - 2:
             raise ValueError(
-                f"the new word has {count} tokens; 1 to {self.positions - 2} fit into a "
-                "prompt"
+                f"the new word has {count} tokens; 1 to {self.positions - 2} fit into "
+                "a prompt"
             )
         base, _, number = word.rpartition("_")
         part = number.isdigit() and base.lower() in self.added

@@ -21,7 +21,7 @@ from sdlearn.inversion import FORMS, Embedding, NewRows, write_embedding
 from sdlearn.lora import save_lora, with_lora
 from sdlearn.pictures import save_png, to_tensor
 from sdlearn.pipeline import StableDiffusion, last
-from sdlearn.request import Request
+from sdlearn.request import Request, number, whole_number
 from sdlearn.tiny.lora import WORD, Pictures, unicorns
 from sdlearn.tiny.own import read_folder
 from sdlearn.tiny.recipe import add_run_arguments, tell, text_writer, train_task
@@ -177,17 +177,17 @@ def class_pictures(
 
     Made once, and kept: a PNG and its caption each. An interrupted run goes on.
     """
-    wanted = [prompts[number % len(prompts)] for number in range(count)]
-    for number, prompt in enumerate(wanted):
-        path = folder / f"{number:04d}.png"
+    wanted = [prompts[i % len(prompts)] for i in range(count)]
+    for i, prompt in enumerate(wanted):
+        path = folder / f"{i:04d}.png"
         if path.with_suffix(".txt").exists():
             continue
-        request = Request(prompt, sampler="dpmpp_2m", steps=20, seed=number)
+        request = Request(prompt, sampler="dpmpp_2m", steps=20, seed=i)
         (picture,) = last(sd.draw(request))
         save_png(picture, path, request.parameters(0, *picture.size, sd.name))
         write_files({path.with_suffix(".txt"): text_writer(prompt)})
-        if number % 20 == 0:
-            tell(f"{path}: class picture {number + 1} of {count}, {prompt}")
+        if i % 20 == 0:
+            tell(f"{path}: class picture {i + 1} of {count}, {prompt}")
     found = read_folder(folder)[:count]
     if [caption for _, caption in found] != wanted:
         raise ValueError(
@@ -217,7 +217,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
             "of disk; SD 1.5 needs a GPU of 24 GB, or --rank."
         )
         add("--to", type=Path, required=True, metavar="PATH",
-            help="a folder for the new model; with --rank a .safetensors file")  # fmt: skip
+            help="a folder for the model; with --rank a .safetensors file")  # fmt: skip
         add("--prompt", default="", metavar="TEXT",
             help="for pictures without a caption, such as 'a zwx dog'")  # fmt: skip
         add("--class-prompt", nargs="+", default=[], metavar="TEXT",
@@ -235,7 +235,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
             "is one tiny file, for --embedding."
         )
         add("--to", type=Path, required=True, metavar="FILE",
-            help="its name ends in .safetensors, .bin (diffusers) or .pt (A1111)")  # fmt: skip
+            help="it ends in .safetensors, .bin or, for A1111, in .pt")  # fmt: skip
         add("--token", default=f"<{WORD}>", metavar="WORD",
             help=f"the new word, which each caption says (<{WORD}>)")  # fmt: skip
         add("--vectors", type=int, default=1, metavar="N", help="how many it has (1)")
@@ -277,6 +277,10 @@ def learn(
 
 def main(args: argparse.Namespace) -> None:
     """Train, or go on, and write the word, the model or the LoRA."""
+    if args.stage == "dreambooth":
+        whole_number(0, 10**4)("rank", args.rank)
+        whole_number(1, 10**5)("class-pictures", args.class_pictures)
+        number(0, 1e6, "a finite number, 0 or more")("prior", args.prior)
     whole = args.stage == "dreambooth" and not args.rank
     suffixes = {"dreambooth": (".safetensors",)}.get(args.stage, FORMS)
     if not whole and args.to.suffix not in suffixes:

@@ -19,7 +19,22 @@ from sdlearn.checkpoint.load import check_numbers, refuse_foreign
 from sdlearn.disk import write_files
 from sdlearn.request import shown
 
-FORMS = (".safetensors", ".bin", ".pt")
+
+class NewRows(nn.Module):
+    """A table whose rows stay, and new ones below it that learn: (B,S) -> (B,S,D)."""
+
+    table: Tensor
+
+    def __init__(self, table: Tensor, rows: Tensor):
+        super().__init__()
+        self.register_buffer("table", table.detach(), persistent=False)
+        self.rows = nn.Parameter(rows.detach().clone())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        new = tokens - len(self.table)
+        old = F.embedding(tokens.clamp(max=len(self.table) - 1), self.table)
+        learned = F.embedding(new.clamp(min=0), self.rows)
+        return torch.where((new < 0)[..., None], old, learned)
 
 
 class Embedding(NamedTuple):
@@ -30,6 +45,31 @@ class Embedding(NamedTuple):
 
     token: str
     vectors: Tensor
+
+
+@torch.no_grad()
+def add_embedding(sd: Any, embedding: Embedding) -> None:
+    """Teach a `StableDiffusion` the word: tokens behind its vocabulary, rows below its
+    table. All that it knew stays as it was, to the bit."""
+    (token, vectors), text = embedding, sd.text_encoder
+    (count, width), known = vectors.shape, text.config.width
+    if width != known:
+        family = f" ({WIDTHS[width]})" if width in WIDTHS else ""
+        raise ValueError(
+            f"the vectors of {shown(token)} have {width} numbers{family}, but this "
+            f"model's words have {known}: take a word that was learned with it"
+        )
+    tokenizer = sd.tokenizer.with_word(token, count)
+    table = text.token_embedding.weight[: len(sd.tokenizer)]
+    rows = vectors.to(table)
+    check_numbers(vectors, rows, f"the word {shown(token)}")
+    table = torch.cat([table, rows])
+    text.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
+    text.config = replace(text.config, vocab=len(tokenizer))
+    sd.tokenizer = tokenizer
+
+
+FORMS = (".safetensors", ".bin", ".pt")
 
 
 def read_embedding(path: str | Path, token: str = "") -> Embedding:
@@ -89,42 +129,3 @@ def write_embedding(path: str | Path, embedding: Embedding) -> None:
     pickled = partial(torch.save, a1111 if path.suffix == ".pt" else {token: kept})
     safe = path.suffix == ".safetensors"
     write_files({path: tensor_writer({token: kept}) if safe else pickled})
-
-
-@torch.no_grad()
-def add_embedding(sd: Any, embedding: Embedding) -> None:
-    """Teach a `StableDiffusion` the word: tokens behind its vocabulary, rows below its
-    table. All that it knew stays as it was, to the bit."""
-    (token, vectors), text = embedding, sd.text_encoder
-    (count, width), known = vectors.shape, text.config.width
-    if width != known:
-        family = f" ({WIDTHS[width]})" if width in WIDTHS else ""
-        raise ValueError(
-            f"the vectors of {shown(token)} have {width} numbers{family}, but this "
-            f"model's words have {known}: take a word that was learned with it"
-        )
-    tokenizer = sd.tokenizer.with_word(token, count)
-    table = text.token_embedding.weight[: len(sd.tokenizer)]
-    rows = vectors.to(table)
-    check_numbers(vectors, rows, f"the word {shown(token)}")
-    table = torch.cat([table, rows])
-    text.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
-    text.config = replace(text.config, vocab=len(tokenizer))
-    sd.tokenizer = tokenizer
-
-
-class NewRows(nn.Module):
-    """A table whose rows stay, and new ones below it that learn: (B,S) -> (B,S,D)."""
-
-    table: Tensor
-
-    def __init__(self, table: Tensor, rows: Tensor):
-        super().__init__()
-        self.register_buffer("table", table.detach(), persistent=False)
-        self.rows = nn.Parameter(rows.detach().clone())
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        new = tokens - len(self.table)
-        old = F.embedding(tokens.clamp(max=len(self.table) - 1), self.table)
-        learned = F.embedding(new.clamp(min=0), self.rows)
-        return torch.where((new < 0)[..., None], old, learned)

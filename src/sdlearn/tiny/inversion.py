@@ -30,7 +30,7 @@ from sdlearn.training import Recipe, averaged_weights
 
 RECIPES = {
     "textual-inversion": Recipe(
-        steps=600, batch=16, lr=0.03, warmup=10, cooldown=400, decay=0.0, ema=0.98
+        steps=120, batch=16, lr=0.03, warmup=10, cooldown=80, decay=0.0, ema=0.95
     ),
     "dreambooth": Recipe(
         steps=120, batch=4, lr=6e-4, warmup=10, cooldown=60, decay=0.0, ema=0.9

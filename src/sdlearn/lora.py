@@ -1,4 +1,6 @@
-"""A few thin matrices -> a model that knows more: LoRA. Chapter 15."""
+"""A few thin matrices -> a model that knows more: LoRA.
+Exported from book/15_lora.ipynb by `make export`; edit it there.
+"""
 
 import math
 import re
@@ -239,4 +241,4 @@ def find_lora(name: str, model: str | Path) -> Path:
             return place
     known = sorted({x.stem for folder in folders for x in folder.glob("*.safetensors")})
     there = f"one of {', '.join(known)}" if known else "put it into the folder lora"
-    raise ValueError(f"there is no LoRA {name}: give its file, or {there}")
+    raise ValueError(f"there is no LoRA {name!r}: give its file, or {there}")

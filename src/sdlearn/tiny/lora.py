@@ -1,7 +1,7 @@
 """pictures -> a LoRA: a new word or a new style for a finished model. See chapter 15.
 
 `sdlearn train lora` takes your own pictures with captions, or one of two sets of ours:
-the unicorn, a word that the tiny model never heard, and night, a style.
+the unicorn, a word that the tiny model never heard, and ink, a style.
 """
 
 import argparse
@@ -44,7 +44,7 @@ RECIPE = Recipe(
 )
 PRIOR = 512  # old scenes that keep what was known
 PREVIEW_EVERY = 100  # steps
-WORD = "unicorn"
+WORD, STYLE = "unicorn", "ink"
 OWN_COLOURS[WORD] = WORD  # scenes can show one; OBJECTS, and so training, know none
 UNSHOWN = ("blue", "purple"), OBJECTS[::2]  # backgrounds and neighbours left out
 Pictures = Sequence[tuple[Image.Image, str]]
@@ -77,28 +77,28 @@ def english(caption: str) -> str:
     return caption.replace(f"an {WORD}", f"a {WORD}")
 
 
-def at_night(scene: Scene) -> Image.Image:
-    """The same scene with a dark background and light outlines."""
+def in_ink(scene: Scene) -> Image.Image:
+    """The same scene as a line drawing: its outlines alone, on its coloured paper."""
     picture = np.empty((SIZE, SIZE, 3), np.uint8)
-    picture[:] = [round(0.26 * x) for x in BACKGROUNDS[scene.background]]
+    picture[:] = BACKGROUNDS[scene.background]
     for thing in scene.things:
         drawing = sprite(thing.name, thing.colour, thing.size).copy()
-        colours = drawing[..., :3].astype(float)
-        ink = 1 - colours.max(axis=-1, keepdims=True).clip(0, 96) / 96  # 1: black
-        drawing[..., :3] = (0.85 * colours * (1 - ink) + 255 * ink).round()
+        light = drawing[..., :3].max(axis=-1).clip(0, 96) / 96  # 0: black
+        drawing[..., 3] = (drawing[..., 3] * (1 - light)).round()
+        drawing[..., :3] = 0
         left, top = thing.box[:2]
         paste(picture, drawing, left, top)
     return Image.fromarray(picture)
 
 
-def nights(count: int = 96) -> Pictures:
-    """A style: scenes of the training set, at night, with their own captions."""
-    rng = random.Random("night")
+def drawings(count: int = 96) -> Pictures:
+    """A style: scenes of the training set in ink, with their own captions."""
+    rng = random.Random(STYLE)
     scenes = [random_scene(rng) for _ in range(count)]
-    return [(at_night(scene), scene.caption(rng)) for scene in scenes]
+    return [(in_ink(scene), scene.caption(rng)) for scene in scenes]
 
 
-SETS = {WORD: unicorns, "night": nights}
+SETS = {WORD: unicorns, STYLE: drawings}
 
 
 class LoraTask(DenoiseTask):
@@ -151,7 +151,7 @@ def make_task(args: argparse.Namespace, pictures: Pictures) -> LoraTask:
         network.requires_grad_(False)
     lora = with_lora({"unet": sd.unet}, args.rank, args.alpha, args.targets)
     prior = None
-    if args.prior and sd.size == (SIZE, SIZE) and args.set != "night":
+    if args.prior and sd.size == (SIZE, SIZE) and args.set != STYLE:
         prior = encode_scenes(sd.vae, range(PRIOR)).float() * sd.vae.config.scale
     return LoraTask(sd, lora, pictures, prior, args.prior)
 

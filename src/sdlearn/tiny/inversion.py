@@ -133,11 +133,13 @@ class InversionTask(PicturesTask):
                 )
         table = self.text_encoder.token_embedding.weight[:new]
         begin = table[[known[i % len(known)] for i in range(count)]]
-        self.text_encoder.token_embedding = NewRows(table, begin)
+        rows = NewRows(table, begin)
+        self.text_encoder.token_embedding = rows  # type: ignore[assignment]
 
     def learned(self) -> Embedding:
-        rows = self.text_encoder.token_embedding.rows
-        return Embedding(self.token, rows.detach().clone())
+        table = self.text_encoder.token_embedding
+        assert isinstance(table, NewRows)
+        return Embedding(self.token, table.rows.detach().clone())
 
 
 class DreamBoothTask(PicturesTask):
@@ -301,7 +303,8 @@ def main(args: argparse.Namespace) -> None:
             "the prompt"
         )
         return
-    pictures, prior = own_pictures(args, WORD, args.prompt), ()
+    pictures = own_pictures(args, WORD, args.prompt)
+    prior: Pictures = ()
     if args.class_prompt:
         folder = args.runs / f"dreambooth-{args.to.stem}" / "class"
         prior = class_pictures(sd, args.class_prompt, folder, args.class_pictures)

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 JOBS ?= 2
 PY := .venv/bin/python
-TEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile
+TEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
 .PHONY: help run check test book lab export lint train clean
 .DELETE_ON_ERROR:

@@ -32,7 +32,8 @@ if threading.current_thread() is threading.main_thread():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Windows has no fork, no such signals, pipes without names."""
+    """What takes longest begins first. Windows has no fork, no such signals, pipes without names."""
+    items.sort(key=lambda item: "full_size" not in item.path.name)
     for item in items:
         if sys.platform == "win32" and item.get_closest_marker("posix"):
             item.add_marker(pytest.mark.skip(reason="Windows has other processes, signals and pipes"))

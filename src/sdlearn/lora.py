@@ -36,7 +36,7 @@ class Pair(nn.Module):
         super().__init__()
         out, width, *kernel = layer.weight.shape
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
-        self.conv = None
+        self.conv: dict[str, Any] | None = None
         if isinstance(layer, nn.Conv2d):
             self.conv = {"stride": layer.stride, "padding": layer.padding}
         device = layer.weight.device
@@ -139,10 +139,11 @@ def merge(networks: Mapping[str, nn.Module], *loras: tuple[LoRA, float]) -> None
         if not math.isfinite(scale):
             raise ValueError(f"scale is {scale}; give a finite number, such as 0.8")
     unmerge(networks)
-    layers, sums = layers_of(networks), {}
+    layers = layers_of(networks)
+    sums: dict[str, Tensor] = {}
     for lora, scale in loras:
         for name, pair in lora.items():
-            sums[name] = sums.get(name, 0) + scale * pair.delta()
+            sums[name] = sums.get(name, torch.tensor(0.0)) + scale * pair.delta()
     for name, change in sums.items():
         weight = layers[name].weight
         layers[name].original = weight.detach().to("cpu", copy=True)
@@ -192,7 +193,8 @@ def save_lora(
 ) -> None:
     """One .safetensors file, with kohya's names (most programs read them) or
     diffusers', which has no room for alpha: there it is a part of `up`."""
-    path, tensors = Path(path), {}
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is no name for a LoRA: let it end in .safetensors")
     if form not in ("kohya", "diffusers"):
@@ -213,7 +215,8 @@ TAG = re.compile(r"\s*<lora:([^<>]+)>")
 
 
 def split_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
-    """ "a fox <lora:night:0.8>" -> "a fox", [("night", 0.8)]: as A1111 writes them."""
+    """A prompt -> its words, and the LoRAs that it names as other programs do:
+    "a fox <lora:ink:0.8>" -> "a fox", [("ink", 0.8)]."""
     words = TAG.sub("", prompt).strip()
     if "<lora:" in words:
         raise ValueError(

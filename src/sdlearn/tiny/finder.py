@@ -36,28 +36,33 @@ def looks(extra: Sequence[str]) -> list[tuple[str, str | None]]:
     return every + [(name, None) for name in extra]
 
 
+LARGE = 96  # pixels: drawn once in this size, then made smaller
+
+
+@cache
+def squares(extra: tuple[str, ...]) -> Tensor:
+    """Every drawing in the middle of a square: (N, 4, 96, 96), colours times alpha in
+    [-1, 1], and alpha."""
+    found = []
+    for name, colour in looks(extra):
+        drawing = sprite(name, colour, LARGE)
+        height, width = drawing.shape[:2]
+        square = np.zeros((LARGE, LARGE, 4), np.uint8)
+        top, left = (LARGE - height) // 2, (LARGE - width) // 2
+        square[top : top + height, left : left + width] = drawing
+        alpha = torch.from_numpy(square[..., 3] / 255).float()[None]
+        found.append(torch.cat([to_tensor(square[..., :3]) * alpha, alpha]))
+    return torch.stack(found)
+
+
 @cache
 def stencils(
     sizes: tuple[int, ...], extra: tuple[str, ...], factor: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each size: colours (N, 3, h, w) in [-1, 1] and alpha (N, 1, h, w), made
-    `factor` times smaller and centred in one square."""
-    found = []
-    for size in sizes:
-        drawings, alphas = [], []
-        for name, colour in looks(extra):
-            drawing = sprite(name, colour, size)
-            height, width = drawing.shape[:2]
-            square = np.zeros((size, size, 4), np.uint8)
-            top, left = (size - height) // 2, (size - width) // 2
-            square[top : top + height, left : left + width] = drawing
-            alpha = torch.from_numpy(square[..., 3] / 255).float()[None]
-            side = size // factor
-            alphas.append(F.adaptive_avg_pool2d(alpha, side))
-            shown = to_tensor(square[..., :3]) * alpha
-            drawings.append(F.adaptive_avg_pool2d(shown, side))
-        found.append((torch.stack(drawings), torch.stack(alphas)))
-    return found
+    """For each size, made smaller: colours (N, 3, h, h) and alpha (N, 1, h, h)."""
+    sides = [size // factor for size in sizes]
+    small = [F.adaptive_avg_pool2d(squares(extra), side) for side in sides]
+    return [(x[:, :3], x[:, 3:]) for x in small]
 
 
 @torch.no_grad()

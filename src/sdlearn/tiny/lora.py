@@ -6,7 +6,7 @@ the unicorn, a word that the tiny model never heard, and ink, a style.
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -98,7 +98,7 @@ def drawings(count: int = 96) -> Pictures:
     return [(in_ink(scene), scene.caption(rng)) for scene in scenes]
 
 
-SETS = {WORD: unicorns, STYLE: drawings}
+SETS: dict[str, Callable[[], Pictures]] = {WORD: unicorns, STYLE: drawings}
 
 
 class LoraTask(DenoiseTask):
@@ -123,7 +123,8 @@ class LoraTask(DenoiseTask):
         latents = torch.cat(new) if prior is None else prior
         parts = sd.unet, sd.text_encoder, sd.tokenizer, latents, sd.schedule
         super().__init__(*parts, vae=sd.vae, prediction=sd.prediction)
-        self.lora, self.new, self.share = lora, torch.cat(new), share
+        self.lora: LoRA = lora
+        self.new, self.share = torch.cat(new), share
         self.captions = [caption for _, caption in pictures]
         self.old = prior is not None
 
@@ -212,9 +213,9 @@ def main(args: argparse.Namespace) -> None:
         args.runs / f"lora-{args.to.stem}",
         partial(make_task, args, pictures),
     )
-    task = train_task("lora", make, recipe, folder, args.precision, PREVIEW_EVERY)
-    if task is None:  # all steps were done before
-        task = make()
+    trained = train_task("lora", make, recipe, folder, args.precision, PREVIEW_EVERY)
+    task = trained if isinstance(trained, LoraTask) else make()
+    if trained is None:  # all steps were done before
         task.load_state_dict(averaged_weights(folder / "state.pt"), strict=False)
     save_lora(args.to, task.lora)
     tell(f"{args.to}: written; draw with --lora {args.to}")

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdlearn.checkpoint.adapters import WIDTHS
-from sdlearn.checkpoint.dialects import called, recognise
+from sdlearn.checkpoint.adapters import WIDTHS, find_word
 from sdlearn.checkpoint.files import read_tensors, tensor_writer
 from sdlearn.checkpoint.load import check_numbers, refuse_foreign
 from sdlearn.disk import write_files
@@ -83,21 +82,9 @@ def read_embedding(path: str | Path, token: str = "") -> Embedding:
         path = path / name if (path / name).is_file() else path
     tensors = read_tensors(path)
     refuse_foreign(tensors)
-    if "clip_g" in tensors:
-        raise ValueError(
-            f"{path} is a textual inversion for SDXL, with vectors for both its text "
-            "encoders (clip_l, clip_g), but one for SD 1 is wanted"
-        )
-    keys = [name for name in tensors if not name.startswith("string_to_token.")]
-    key = keys[0] if len(keys) == 1 else ""
-    dtype, shape = tensors.entries.get(key, ("", ()))
-    if "float" not in dtype or len(shape) not in (1, 2) or 0 in shape:
-        raise ValueError(
-            f"{path} is {called(recognise(tensors))}, but a textual inversion is "
-            "wanted: one tensor of floats, (width,) or (n, width)"
-        )
-    own = path.stem if key in ("emb_params", "string_to_param.*") else key
-    vectors = tensors[key].detach().clone().reshape(-1, shape[-1])
+    key, own = find_word(tensors)
+    vectors = tensors[key].detach().clone()
+    vectors = vectors.reshape(-1, vectors.shape[-1])
     check_numbers(vectors, vectors, f"{path}: {shown(key)}")
     return Embedding(token or own, vectors)
 

@@ -21,6 +21,7 @@ from sdlearn.checkpoint.adapters import (
     WIDTHS,
     family_of,
     find_changes,
+    find_word,
     maker_of,
     width_of,
 )
@@ -138,7 +139,7 @@ def inspect_file(path: Path, tensors: Tensors) -> Report:
     if kind == "LoRA":
         judge_lora(report, tensors)
     elif kind == "textual inversion":
-        judge_word(report)
+        judge_word(report, tensors)
     else:
         judged(report, bool(tensors.foreign) or kind == "SD 1" and not path.is_dir())
     if any(part.name == "EMA copies" for part in parts):
@@ -166,13 +167,15 @@ def judge_lora(report: Report, tensors: Tensors) -> None:
         report.but.append(str(error))
 
 
-def judge_word(report: Report) -> None:
+def judge_word(report: Report, tensors: Tensors) -> None:
     """Add whether it can be used, which its reader says."""
-    from sdlearn.inversion import read_embedding
-
     try:
-        token, vectors = read_embedding(report.path)
-        width = vectors.shape[1]
+        if tensors.foreign:
+            from sdlearn.checkpoint.load import refuse_foreign
+
+            refuse_foreign(tensors)
+        name, token = find_word(tensors)
+        width = tensors.entries[name].shape[-1]
         if width not in (768, TINY):
             whose = f" for {WIDTHS[width]}" if width in WIDTHS else ""
             raise ValueError(

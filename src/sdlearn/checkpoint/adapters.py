@@ -168,19 +168,24 @@ def said_alphas(tensors: Tensors) -> Any:
     return alpha
 
 
-def layers_of(networks: Mapping[str, Any]) -> dict[str, nn.Linear | nn.Conv2d]:
-    """{diffusers' name: layer} of all linear layers and convolutions that have one.
+def places(networks: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Part, our path and layer of all linear layers and convolutions.
 
     networks: by their names in a pipeline, as `sd.networks()` gives them.
     """
     from torch import nn
 
+    for part in HEADS.keys() & networks.keys():
+        for path, layer in networks[part].named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                yield part, path, layer
+
+
+def layers_of(networks: Mapping[str, Any]) -> dict[str, Any]:
+    """{diffusers' name: layer}, of networks by their names in a pipeline."""
     return {
-        name: layer
-        for part in HEADS.keys() & networks.keys()
-        for path, layer in networks[part].named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-        for name in [name_of(part, path, networks[part].config)]
+        name_of(part, path, networks[part].config): layer
+        for part, path, layer in places(networks)
     }
 
 
@@ -224,9 +229,7 @@ def match_changes(tensors: Tensors, networks: Mapping[str, Any]) -> dict[str, Ch
     changes, layers = find_changes(tensors), layers_of(networks)
     known = {
         spelling: name_of(part, path, networks[part].config)
-        for part in HEADS.keys() & networks.keys()
-        for path, layer in networks[part].named_modules()
-        if hasattr(layer, "weight")
+        for part, path, _ in places(networks)
         for spelling in spellings(part, path, networks[part].config)
     }
     placed = {}

@@ -297,6 +297,8 @@ checkpoint.load.load | diffusers.StableDiffusionPipeline.from_pretrained | `load
 checkpoint.load.save | diffusers.StableDiffusionPipeline.save_pretrained | | | 11
 pipeline.StableDiffusion | diffusers.StableDiffusionPipeline | `LatentDiffusion` | | 12
 pipeline.StableDiffusion.img2img | diffusers.StableDiffusionImg2ImgPipeline | `scripts/img2img.py` | | 12
+inversion.add_embedding | diffusers.StableDiffusionPipeline.load_textual_inversion | | $v^*$ | 15
+tokenizer.Tokenizer.parts | diffusers.StableDiffusionPipeline.maybe_convert_prompt | | | 15
 """
 CALL = "diffusers.StableDiffusionPipeline.__call__"
 IMAGE = "diffusers.StableDiffusionImg2ImgPipeline.__call__"

@@ -27,6 +27,7 @@ from sdlearn.disk import explained, reserve
 if TYPE_CHECKING:  # torch takes seconds to import: `--help` should not wait for it
     from PIL.Image import Image
 
+    from sdlearn.inversion import Embedding
     from sdlearn.pipeline import StableDiffusion
     from sdlearn.request import Request, Settings
 
@@ -115,6 +116,8 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
         help="text encoder layers to leave out (0)")  # fmt: skip
     add("--lora", action="append", default=[], metavar="FILE[:SCALE]",
         help="a LoRA, or several; as <lora:NAME:0.8> in a prompt")  # fmt: skip
+    add("--embedding", action="append", default=[], metavar="FILE[:WORD]",
+        help="a textual inversion, or several: a word for prompts")  # fmt: skip
     add_model_arguments(parser)
     if listed:
         from sdlearn.samplers import SAMPLERS
@@ -318,6 +321,16 @@ def take_tags(args: argparse.Namespace) -> list[tuple[Path, float]]:
     return [(find_lora(name, model), scale) for name, scale in split[0][1]]
 
 
+def read_words(args: argparse.Namespace) -> list[Embedding]:
+    """The words that --embedding brings; read before the model, since it is quick."""
+    if not args.embedding:
+        return []
+    from sdlearn.inversion import read_embedding, split_word
+
+    found = [split_word(text) for text in args.embedding]
+    return [read_embedding(find_model(file), word) for file, word in found]
+
+
 def draw(sd: StableDiffusion, request: Request, label: str) -> list[Image]:
     """The pictures, with a progress bar on stderr."""
     from tqdm import tqdm
@@ -383,12 +396,17 @@ def run_drawing(args: argparse.Namespace) -> None:
     loras, args.seed = take_tags(args), told.seed
     request = request_of(args) if loras else told
     check_output(args.output, request.count)
+    words = read_words(args)
     sd = load_model(args)
     if loras:
         from sdlearn.lora import load_lora, merge
 
         networks = sd.networks()
         merge(networks, *((load_lora(path, networks), x) for path, x in loras))
+    for word in words:
+        from sdlearn.inversion import add_embedding
+
+        add_embedding(sd, word)
     pictures = draw(sd, request, f"{args.command}, seed {request.seed[0]}")
     for path in save_all(sd, told, pictures, args.output, args.command):
         say(path, sys.stdout)

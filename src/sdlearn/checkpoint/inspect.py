@@ -21,6 +21,7 @@ from sdlearn.checkpoint.adapters import (
     WIDTHS,
     family_of,
     find_changes,
+    find_word,
     maker_of,
     width_of,
 )
@@ -133,12 +134,15 @@ def inspect_file(path: Path, tensors: Tensors) -> Report:
     entries, kind = tensors.entries, recognise(tensors)
     if kind == "unknown" and len(entries) == 1:
         shape = next(iter(entries.values())).shape
-        kind = "textual inversion" if shape and shape[-1] in WIDTHS else kind
+        known = {TINY, *WIDTHS}
+        kind = "textual inversion" if shape and shape[-1] in known else kind
     words, parts = describe(kind, entries, tensors.metadata), count(entries, kind)
     about = tensors.format, tensors.bytes, parts, tensors.metadata
     report = Report(str(path), kind, words, *about)
     if kind == "LoRA":
         judge_lora(report, tensors)
+    elif kind == "textual inversion":
+        judge_word(report, tensors)
     else:
         judged(report, bool(tensors.foreign) or kind == "SD 1" and not path.is_dir())
     if any(part.name == "EMA copies" for part in parts):
@@ -162,6 +166,28 @@ def judge_lora(report: Report, tensors: Tensors) -> None:
         report.can = f'sdlearn txt2img "..." --lora {quote(report.path)}{model}'
         if not family and not tiny:
             report.but.append("its names do not say for which model it is")
+    except ValueError as error:
+        report.but.append(str(error))
+
+
+def judge_word(report: Report, tensors: Tensors) -> None:
+    """Add whether it can be used, which its reader says."""
+    try:
+        if tensors.foreign:
+            from sdlearn.checkpoint.load import refuse_foreign
+
+            refuse_foreign(tensors)
+        name, token = find_word(tensors)
+        width = tensors.entries[name].shape[-1]
+        if width not in (768, TINY):
+            whose = f" for {WIDTHS[width]}" if width in WIDTHS else ""
+            raise ValueError(
+                f"{report.path} is a textual inversion{whose}, with vectors of {width} "
+                "numbers, but the words of SD 1 have 768"
+            )
+        model = "" if width == TINY else " --model MODEL"
+        prompt = quote(f"... {clean(token)} ...")
+        report.can = f"sdlearn txt2img {prompt} --embedding {quote(report.path)}{model}"
     except ValueError as error:
         report.but.append(str(error))
 
@@ -222,7 +248,8 @@ def describe(kind: str, entries: Mapping[str, Entry], metadata: Mapping) -> str:
     if kind == "textual inversion":
         shapes = (x.shape for name, x in entries.items() if "_to_token" not in name)
         *many, width = next(filter(None, shapes), (0, 0))
-        family = "SDXL" if "clip_g" in entries else WIDTHS.get(width, "")
+        families = WIDTHS | {TINY: "the tiny model"}
+        family = "SDXL" if "clip_g" in entries else families.get(width, "")
         of = f" for {family}" if family else ""
         return f"textual inversion{of}, vectors: {math.prod(many)}"
     if kind == "unknown":

@@ -346,7 +346,9 @@ def thinned(lines: list[str], most: int = 200) -> str:
 
 # What is trained on a finished model: name -> the module with its add_arguments(parser,
 # name) and main(args), and what it teaches.
-ADAPTERS: dict[str, tuple[str, str]] = {}
+ADAPTERS: dict[str, tuple[str, str]] = {
+    "controlnet": ("sdlearn.tiny.controlnet", "a ControlNet: edges, scribbles, boxes")
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,11 +1,13 @@
 """A checkpoint file or folder -> what it is, and whether sdlearn draws with it.
 
 What it is follows from names and shapes, without torch, so the answer comes at once.
-Whether it draws is what `sdlearn.checkpoint.load.plan` says: the loader asks the same.
+Whether it draws is what the `plan` of its loader says, in `sdlearn.checkpoint.load` or
+the module that USES names: the loader asks the same.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -65,6 +67,14 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
 ASIDE = "left aside"  # what nobody needs for drawing
 
 
+USES = {  # what joins a model -> the module whose plan(path) accepts it, the command
+    "ControlNet": (
+        "sdlearn.controlnet",
+        'sdlearn txt2img "..." --control {} --hint PICTURE',
+    )
+}
+
+
 class Part(NamedTuple):
     """A part of a file, and what its numbers are."""
 
@@ -111,8 +121,13 @@ def has_weights(folder: Path) -> bool:
 
 
 def judged(report: Report, whole: bool) -> Report:
-    """Add whether it can be drawn with; what is no whole SD 1 needs no closer look."""
+    """Add whether it can be drawn with, as whoever loads it says."""
+    module, command = USES.get(report.kind.partition(",")[0], ("", ""))
     try:
+        if module:
+            importlib.import_module(module).plan(report.path)
+            report.can = command.format(quote(report.path))
+            return report
         if not whole:
             raise ValueError(
                 f"{report.path} is {called(report.kind)}, but a whole SD 1 checkpoint "

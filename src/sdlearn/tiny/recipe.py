@@ -351,6 +351,7 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     "lora": ("sdlearn.tiny.lora", "a LoRA: your own pictures, a word or a style"),
     "textual-inversion": ("sdlearn.tiny.inversion", "the vectors of a new word"),
     "dreambooth": ("sdlearn.tiny.inversion", "the U-Net: a few pictures, a rare word"),
+    "controlnet": ("sdlearn.tiny.controlnet", "a ControlNet: edges, scribbles, boxes"),
 }
 
 

@@ -17,6 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -27,6 +28,8 @@ from sdlearn.disk import explained, reserve
 if TYPE_CHECKING:  # torch takes seconds to import: `--help` should not wait for it
     from PIL.Image import Image
 
+    from sdlearn.controlnet import Control
+    from sdlearn.inversion import Embedding
     from sdlearn.pipeline import StableDiffusion
     from sdlearn.request import Request, Settings
 
@@ -115,6 +118,9 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
         help="text encoder layers to leave out (0)")  # fmt: skip
     add("--lora", action="append", default=[], metavar="FILE[:SCALE]",
         help="a LoRA, or several; as <lora:NAME:0.8> in a prompt")  # fmt: skip
+    add("--embedding", action="append", default=[], metavar="FILE[:WORD]",
+        help="a textual inversion, or several: a word for prompts")  # fmt: skip
+    add_control_arguments(parser)
     add_model_arguments(parser)
     if listed:
         from sdlearn.samplers import SAMPLERS
@@ -142,6 +148,26 @@ def add_inpainting_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave known pixels as the VAE makes them")  # fmt: skip
     add("--soft", type=float, default=0.0, metavar="PX",
         help="pixels over which the edge fades (0)")  # fmt: skip
+
+
+def add_control_arguments(parser: argparse.ArgumentParser) -> None:
+    """ControlNets, each with its hint; other numbers once for all, or once for each."""
+    add = parser.add_argument
+    listed: dict[str, Any] = {"action": "append", "default": []}
+    add("--control", **listed, dest="control_files", metavar="PATH",
+        help="a ControlNet, file or folder (again for another one)")  # fmt: skip
+    add("--hint", **listed, type=Path, metavar="FILE",
+        help="the picture that it looks at, one for each")  # fmt: skip
+    add("--preprocess", **listed, metavar="NAME",
+        help="make the hint from that picture: edges, scribble or layout")  # fmt: skip
+    add("--control-scale", **listed, type=float, metavar="S",
+        help="how much it counts (1)")  # fmt: skip
+    add("--control-start", **listed, type=float, metavar="A",
+        help="from which part of the steps on, 0 to 1 (0)")  # fmt: skip
+    add("--control-end", **listed, type=float, metavar="B",
+        help="up to which part of the steps (1)")  # fmt: skip
+    add("--guess", action="store_true",
+        help="the hint counts more, for an empty prompt, say")  # fmt: skip
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -318,6 +344,48 @@ def take_tags(args: argparse.Namespace) -> list[tuple[Path, float]]:
     return [(find_lora(name, model), scale) for name, scale in split[0][1]]
 
 
+def read_words(args: argparse.Namespace) -> list[Embedding]:
+    """The words that --embedding brings; read before the model, since it is quick."""
+    if not args.embedding:
+        return []
+    from sdlearn.inversion import read_embedding, split_word
+
+    found = [split_word(text) for text in args.embedding]
+    return [read_embedding(find_model(file), word) for file, word in found]
+
+
+def controls_of(args: argparse.Namespace) -> list[Control]:
+    """The ControlNets, each with what belongs to it."""
+    files, hints = args.control_files, args.hint
+    if len(files) != len(hints):
+        raise ValueError(
+            f"--control is given {len(files)} times and --hint {len(hints)} times: "
+            "each ControlNet needs a hint"
+        )
+    if not files:
+        return []
+    from sdlearn.controlnet import ControlNet, preprocess
+    from sdlearn.pictures import open_image
+
+    def each(name: str, unsaid: Any) -> list:
+        given = getattr(args, name) or [unsaid]
+        if len(given) not in (1, len(files)):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is given {len(given)} times for "
+                f"{len(files)} ControlNets: give it once for all, or once for each"
+            )
+        return given * (len(files) // len(given))
+
+    made = zip(map(open_image, hints), each("preprocess", "none"), strict=True)
+    pictures = [preprocess(hint, how) for hint, how in made]
+    scales, starts = each("control_scale", 1.0), each("control_start", 0.0)
+    every = zip(files, pictures, scales, starts, each("control_end", 1.0), strict=True)
+    return [
+        ControlNet.load(find_model(file)).control(hint, scale, start, end, args.guess)
+        for file, hint, scale, start, end in every
+    ]
+
+
 def draw(sd: StableDiffusion, request: Request, label: str) -> list[Image]:
     """The pictures, with a progress bar on stderr."""
     from tqdm import tqdm
@@ -379,16 +447,22 @@ def save_all(
 def run_drawing(args: argparse.Namespace) -> None:
     """`sdlearn txt2img`, `sdlearn img2img` and `sdlearn inpaint`."""
     write_tags(args)
-    told = request_of(args)  # as the pictures' files tell it
-    loras, args.seed = take_tags(args), told.seed
-    request = request_of(args) if loras else told
-    check_output(args.output, request.count)
+    told = request_of(args)
+    check_output(args.output, told.count)
+    words, extras = read_words(args), [*told.extras, *controls_of(args)]
+    told = replace(told, extras=extras)  # as the pictures' files tell it
+    loras = take_tags(args)
+    request = replace(told, prompt=args.prompt)
     sd = load_model(args)
     if loras:
         from sdlearn.lora import load_lora, merge
 
         networks = sd.networks()
         merge(networks, *((load_lora(path, networks), x) for path, x in loras))
+    for word in words:
+        from sdlearn.inversion import add_embedding
+
+        add_embedding(sd, word)
     pictures = draw(sd, request, f"{args.command}, seed {request.seed[0]}")
     for path in save_all(sd, told, pictures, args.output, args.command):
         say(path, sys.stdout)

@@ -266,3 +266,25 @@ def misfit(tensors: Tensors, networks: Mapping[str, Any], layer: str) -> str:
         f"{tensors.path} changes {clean(layer)}, which this model has not, or not in "
         "that size: the LoRA belongs to another model"
     )
+
+
+def find_word(tensors: Tensors) -> tuple[str, str]:
+    """A textual inversion's one tensor, and what its word is called.
+
+    Raises ValueError, one sentence, for other files.
+    """
+    path = tensors.path
+    if "clip_g" in tensors:
+        raise ValueError(
+            f"{path} is a textual inversion for SDXL, with vectors for both its text "
+            "encoders (clip_l, clip_g), but one for SD 1 is wanted"
+        )
+    names = [name for name in tensors if not name.startswith("string_to_token.")]
+    name = names[0] if len(names) == 1 else ""
+    dtype, shape = tensors.entries.get(name, ("", ()))
+    if "float" not in dtype or len(shape) not in (1, 2) or 0 in shape:
+        raise ValueError(
+            f"{path} is {called(recognise(tensors))}, but a textual inversion is "
+            "wanted: one tensor of floats, (width,) or (n, width)"
+        )
+    return name, path.stem if name in ("emb_params", "string_to_param.*") else name

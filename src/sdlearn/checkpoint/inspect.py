@@ -1,11 +1,13 @@
 """A checkpoint file or folder -> what it is, and whether sdlearn draws with it.
 
 What it is follows from names and shapes, without torch, so the answer comes at once.
-Whether it draws is what `sdlearn.checkpoint.load.plan` says: the loader asks the same.
+Whether it draws is what the `plan` of its loader says, in `sdlearn.checkpoint.load` or
+the module that USES names: the loader asks the same.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -21,6 +23,7 @@ from sdlearn.checkpoint.adapters import (
     WIDTHS,
     family_of,
     find_changes,
+    find_word,
     maker_of,
     width_of,
 )
@@ -62,6 +65,14 @@ PARTS = {  # of files that have several -> how the names of their tensors begin
 }
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
 ASIDE = "left aside"  # what nobody needs for drawing
+
+
+USES = {  # what joins a model -> the module whose plan(path) accepts it, the command
+    "ControlNet": (
+        "sdlearn.controlnet",
+        'sdlearn txt2img "..." --control {} --hint PICTURE',
+    )
+}
 
 
 class Part(NamedTuple):
@@ -110,8 +121,13 @@ def has_weights(folder: Path) -> bool:
 
 
 def judged(report: Report, whole: bool) -> Report:
-    """Add whether it can be drawn with; what is no whole SD 1 needs no closer look."""
+    """Add whether it can be drawn with, as whoever loads it says."""
+    module, command = USES.get(report.kind.partition(",")[0], ("", ""))
     try:
+        if module:
+            importlib.import_module(module).plan(report.path)
+            report.can = command.format(quote(report.path))
+            return report
         if not whole:
             raise ValueError(
                 f"{report.path} is {called(report.kind)}, but a whole SD 1 checkpoint "
@@ -133,12 +149,15 @@ def inspect_file(path: Path, tensors: Tensors) -> Report:
     entries, kind = tensors.entries, recognise(tensors)
     if kind == "unknown" and len(entries) == 1:
         shape = next(iter(entries.values())).shape
-        kind = "textual inversion" if shape and shape[-1] in WIDTHS else kind
+        known = {TINY, *WIDTHS}
+        kind = "textual inversion" if shape and shape[-1] in known else kind
     words, parts = describe(kind, entries, tensors.metadata), count(entries, kind)
     about = tensors.format, tensors.bytes, parts, tensors.metadata
     report = Report(str(path), kind, words, *about)
     if kind == "LoRA":
         judge_lora(report, tensors)
+    elif kind == "textual inversion":
+        judge_word(report, tensors)
     else:
         judged(report, bool(tensors.foreign) or kind == "SD 1" and not path.is_dir())
     if any(part.name == "EMA copies" for part in parts):
@@ -162,6 +181,28 @@ def judge_lora(report: Report, tensors: Tensors) -> None:
         report.can = f'sdlearn txt2img "..." --lora {quote(report.path)}{model}'
         if not family and not tiny:
             report.but.append("its names do not say for which model it is")
+    except ValueError as error:
+        report.but.append(str(error))
+
+
+def judge_word(report: Report, tensors: Tensors) -> None:
+    """Add whether it can be used, which its reader says."""
+    try:
+        if tensors.foreign:
+            from sdlearn.checkpoint.load import refuse_foreign
+
+            refuse_foreign(tensors)
+        name, token = find_word(tensors)
+        width = tensors.entries[name].shape[-1]
+        if width not in (768, TINY):
+            whose = f" for {WIDTHS[width]}" if width in WIDTHS else ""
+            raise ValueError(
+                f"{report.path} is a textual inversion{whose}, with vectors of {width} "
+                "numbers, but the words of SD 1 have 768"
+            )
+        model = "" if width == TINY else " --model MODEL"
+        prompt = quote(f"... {clean(token)} ...")
+        report.can = f"sdlearn txt2img {prompt} --embedding {quote(report.path)}{model}"
     except ValueError as error:
         report.but.append(str(error))
 
@@ -222,7 +263,8 @@ def describe(kind: str, entries: Mapping[str, Entry], metadata: Mapping) -> str:
     if kind == "textual inversion":
         shapes = (x.shape for name, x in entries.items() if "_to_token" not in name)
         *many, width = next(filter(None, shapes), (0, 0))
-        family = "SDXL" if "clip_g" in entries else WIDTHS.get(width, "")
+        families = WIDTHS | {TINY: "the tiny model"}
+        family = "SDXL" if "clip_g" in entries else families.get(width, "")
         of = f" for {family}" if family else ""
         return f"textual inversion{of}, vectors: {math.prod(many)}"
     if kind == "unknown":

@@ -349,6 +349,9 @@ def thinned(lines: list[str], most: int = 200) -> str:
 ADAPTERS: dict[str, tuple[str, str]] = {
     "inpainting": ("sdlearn.tiny.inpainting", "five more channels: the mask, the rest"),
     "lora": ("sdlearn.tiny.lora", "a LoRA: your own pictures, a word or a style"),
+    "textual-inversion": ("sdlearn.tiny.inversion", "the vectors of a new word"),
+    "dreambooth": ("sdlearn.tiny.inversion", "the U-Net: a few pictures, a rare word"),
+    "controlnet": ("sdlearn.tiny.controlnet", "a ControlNet: edges, scribbles, boxes"),
 }
 
 

@@ -188,9 +188,13 @@ def test_kinds(tmp_path, shapes, description, recognised):
 
 
 def test_inpainting_is_not_taken_for_a_plain_model(tmp_path):
-    report = inspect(write_sparse(tmp_path / "x.safetensors", together(sd15_shapes(9)), "F16"))
+    path = write_sparse(tmp_path / "x.safetensors", together(sd15_shapes(9)), "F16")
+    report = inspect(path)
     assert report.description == "Stable Diffusion 1.x, inpainting, in one file, LDM names"
-    reason = "x.safetensors is a Stable Diffusion 1 for inpainting, but a whole SD 1 checkpoint is wanted"
+    assert report.can == f'sdlearn inpaint "..." --image FILE --mask FILE --model {path}' and not report.but
+    assert report.parts[0][1:3] == (686, 859_535_364)
+    report = inspect(write_sparse(path, together(sd15_shapes(8)), "F16"))
+    reason = "x.safetensors is a Stable Diffusion 1 for instruct-pix2pix, but a whole SD 1 checkpoint is wanted"
     assert report.can == "" and len(report.but) == 1 and report.but[0].endswith(reason)
 
 

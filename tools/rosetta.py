@@ -277,6 +277,11 @@ samplers.go | diffusers.DDIMScheduler.step | `DDIMSampler.p_sample_ddim` | $p_\t
 samplers.sample | | `DDPM.p_sample_loop` | | 08
 samplers.keep | diffusers.StableDiffusionImg2ImgPipeline.get_timesteps | `t_enc` | $t_0$ | 08
 samplers.SAMPLERS | diffusers.schedulers.KarrasDiffusionSchedulers | | | 13
+inpaint.Inpaint | diffusers.StableDiffusionInpaintPipeline.prepare_mask_latents | `scripts/inpaint_st.py` | $m$ | 14
+inpaint.rail | diffusers.StableDiffusionInpaintPipeline.__call__ | | | 14
+inpaint.stairs | diffusers.RePaintScheduler.set_timesteps | | jumps | 14
+inpaint.seen_through | | `LatentInpaintDiffusion` | | 14
+pipeline.StableDiffusion.inpaint | diffusers.StableDiffusionInpaintPipeline | `scripts/inpaint_st.py` | | 14
 samplers.heun | diffusers.HeunDiscreteScheduler.step | | | 13
 samplers.dpm2 | diffusers.KDPM2DiscreteScheduler.step | | DPM-Solver-2 | 13
 samplers.dpmpp_2s | diffusers.DPMSolverSinglestepScheduler.step | | DPM-Solver++(2S) | 13

@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from sdlearn import __version__
 from sdlearn.arguments import DTYPES
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: `--help` should not wait for
 
     from sdlearn.inversion import Embedding
     from sdlearn.pipeline import StableDiffusion
-    from sdlearn.request import Request
+    from sdlearn.request import Request, Settings
 
 # Modules with add_arguments() and main()
 ELSEWHERE = {
@@ -130,6 +130,23 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
         )
 
 
+def add_inpainting_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-i", "--image", required=True, type=Path, metavar="FILE", help="the picture")
+    add("--mask", type=Path, metavar="FILE",
+        help="of the same shape: white is painted anew, black stays")  # fmt: skip
+    add("--expand", metavar="SIDES",
+        help="paint a larger canvas: left=64,bottom=32 (pixels)")  # fmt: skip
+    add("--strength", type=float, default=1.0, metavar="S",
+        help="how much is forgotten under the mask: above 0, up to 1 (1)")  # fmt: skip
+    add("--resample", type=int, default=1, metavar="N",
+        help="go each stretch of the way N times: slower, fewer seams (1)")  # fmt: skip
+    add("--no-paste", dest="paste", action="store_false",
+        help="leave known pixels as the VAE makes them")  # fmt: skip
+    add("--soft", type=float, default=0.0, metavar="PX",
+        help="pixels over which the edge fades (0)")  # fmt: skip
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default=MODEL, metavar="PATH", help=f"folder or SD 1 file ({MODEL})")
@@ -176,6 +193,11 @@ def make_parser(argv: Sequence[str]) -> Parser:
     add("--strength", type=float, default=0.8, metavar="S",
         help="how much of it is forgotten: above 0, up to 1 (0.8)")  # fmt: skip
     add_drawing_arguments(img2img, bool(helped) and command == "img2img")
+
+    inpaint = commands.add_parser("inpaint", help="paint a part of a picture anew")
+    inpaint.add_argument("prompt", nargs="+", help="what the whole picture shows then")
+    add_inpainting_arguments(inpaint)
+    add_drawing_arguments(inpaint, bool(helped) and command == "inpaint")
 
     demo = commands.add_parser("demo", help="a few pictures, of both kinds, with times")
     add_model_arguments(demo)
@@ -250,7 +272,26 @@ def request_of(args: argparse.Namespace) -> Request:
 
     names = {"image", *Settings.__annotations__}
     given = {name: value for name, value in vars(args).items() if name in names}
+    if args.command == "inpaint":
+        given |= hole_of(args)
     return Request(args.prompt, **given)
+
+
+def hole_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What `sdlearn inpaint` says of the picture and its mask, for a request."""
+    from sdlearn.inpaint import Inpaint, expand, read_expansion
+    from sdlearn.pictures import open_image
+
+    image, mask = open_image(args.image), args.mask
+    if (args.mask is None) == (args.expand is None):
+        raise ValueError("give --mask FILE, or --expand left=64: one of the two")
+    if args.expand is not None:
+        image, mask = expand(image, **read_expansion(args.expand))
+    hole = Inpaint(mask, args.resample, args.paste, args.soft)
+    sides = {"width": args.width, "height": args.height}
+    if args.expand is not None:  # the canvas is drawn as large as it is
+        sides = {name: x or getattr(image, name) for name, x in sides.items()}
+    return {"image": image, "extras": [hole], **sides}
 
 
 def write_tags(args: argparse.Namespace) -> None:
@@ -349,7 +390,7 @@ def save_all(
 
 
 def run_drawing(args: argparse.Namespace) -> None:
-    """`sdlearn txt2img` and `sdlearn img2img`."""
+    """`sdlearn txt2img`, `sdlearn img2img` and `sdlearn inpaint`."""
     write_tags(args)
     told = request_of(args)  # as the pictures' files tell it
     loras, args.seed = take_tags(args), told.seed
@@ -378,10 +419,12 @@ DEMO = [
     "a purple rocket to the left of a tree on a pink background",
 ]
 REPAINT = "a green apple on a yellow background"
+EXCHANGE = "a yellow star above a penguin"  # the lower half of the third
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    """`sdlearn demo`, which is `make run`: 50 steps of DDPM, quick ones, img2img."""
+    """`sdlearn demo`, which is `make run`: 50 steps of DDPM, quick ones, img2img, and
+    half of a picture painted anew."""
     written: list[Path] = []
 
     @contextlib.contextmanager
@@ -392,6 +435,7 @@ def run_demo(args: argparse.Namespace) -> None:
 
     def draw_stage(request: Request) -> list[Image]:
         kind = "txt2img" if request.image is None else "img2img"
+        kind = "inpaint" if request.extras else kind
         pictures = draw(sd, request, kind)
         stem = f"{kind}-{request.sampler}"
         written.extend(save_all(sd, request, pictures, args.output, stem))
@@ -402,7 +446,7 @@ def run_demo(args: argparse.Namespace) -> None:
             f"output {args.output} is a file name, but the demo writes several "
             "pictures: give a folder"
         )
-    check_output(args.output, 5)
+    check_output(args.output, 6)
     with stage("loading the model, with PyTorch"):
         from sdlearn.request import Request
 
@@ -410,13 +454,21 @@ def run_demo(args: argparse.Namespace) -> None:
     with stage(f"txt2img, one picture, 50 steps of DDPM, on {sd.device.type}"):
         first = draw_stage(Request(DEMO[:1], seed=1))[0]
     with stage("txt2img, three prompts at once, 20 steps of DDIM"):
-        draw_stage(Request(DEMO[1:], steps=20, sampler="ddim", seed=2))
+        *_, star, _ = draw_stage(Request(DEMO[1:], steps=20, sampler="ddim", seed=2))
     with stage("img2img from the first picture, 15 of 25 steps of DDIM"):
         draw_stage(
             Request(
                 REPAINT, image=first, strength=0.6, steps=25, sampler="ddim", seed=3
             )
         )
+    with stage("inpaint, the lower half of a picture, 20 steps of DDIM"):
+        from sdlearn.inpaint import Inpaint
+
+        mask = star.convert("L").point([0] * 256)
+        mask.paste(255, (0, star.height // 2, *star.size))
+        how: Settings = {"strength": 1.0, "steps": 20, "sampler": "ddim", "seed": 4}
+        how["extras"] = [Inpaint(mask)]
+        draw_stage(Request(EXCHANGE, image=star, **how))
     say("\n  ".join(["written:", *map(str, written)]), sys.stdout)
 
 
@@ -444,6 +496,7 @@ def run_download(args: argparse.Namespace) -> None:
 RUN = {
     "txt2img": run_drawing,
     "img2img": run_drawing,
+    "inpaint": run_drawing,
     "demo": run_demo,
     "inspect": run_inspect,
     "download": run_download,

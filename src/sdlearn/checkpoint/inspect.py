@@ -61,6 +61,7 @@ PARTS = {  # of files that have several -> how the names of their tensors begin
     "attention": r"ip_adapter\.",
     "EMA copies": r"model_ema\.(diffusion_)?model",
 }
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
 ASIDE = "left aside"  # what nobody needs for drawing
 
 
@@ -119,8 +120,10 @@ def judged(report: Report, whole: bool) -> Report:
             )
         from sdlearn.checkpoint.load import plan
 
-        plan(report.path)
-        report.can = f'sdlearn txt2img "..." --model {quote(report.path)}'
+        config = plan(report.path).networks["unet"].model.config
+        plain = config.in_channels == config.out_channels
+        how = 'txt2img "..."' if plain else 'inpaint "..." --image FILE --mask FILE'
+        report.can = f"sdlearn {how} --model {quote(report.path)}"
     except ValueError as error:
         report.but.append(str(error))
     return report
@@ -288,7 +291,7 @@ def inspect_folder(folder: Path) -> Report:
     if family == "SD 2":
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
         what += f" ({clean(scheduler.get('prediction_type', 'epsilon'))})"
-    elif not family and kind == "StableDiffusionPipeline":
+    elif not family and kind in PIPELINES:
         ours, other = (
             "the course's own tiny model",
             "a Stable Diffusion of its own sizes",

@@ -1,5 +1,5 @@
 """A few pictures -> a word that means them: textual inversion.
-Exported from book/15b_draft.ipynb by `make export`; edit it there.
+Exported from book/15_lora.ipynb by `make export`; edit it there.
 """
 
 import re

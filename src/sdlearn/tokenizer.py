@@ -1,5 +1,5 @@
 """text -> tokens: byte-pair encoding, trained and applied as in CLIP. Chapter 01.
-Exported from book/01_tokenizer.ipynb and book/15b_draft.ipynb
+Exported from book/01_tokenizer.ipynb and book/15_lora.ipynb
 by `make export`; edit it there.
 """
 

@@ -277,6 +277,11 @@ samplers.go | diffusers.DDIMScheduler.step | `DDIMSampler.p_sample_ddim` | $p_\t
 samplers.sample | | `DDPM.p_sample_loop` | | 08
 samplers.keep | diffusers.StableDiffusionImg2ImgPipeline.get_timesteps | `t_enc` | $t_0$ | 08
 samplers.SAMPLERS | diffusers.schedulers.KarrasDiffusionSchedulers | | | 13
+inpaint.Inpaint | diffusers.StableDiffusionInpaintPipeline.prepare_mask_latents | `scripts/inpaint_st.py` | $m$ | 14
+inpaint.rail | diffusers.StableDiffusionInpaintPipeline.__call__ | | | 14
+inpaint.stairs | diffusers.RePaintScheduler.set_timesteps | | jumps | 14
+inpaint.seen_through | | `LatentInpaintDiffusion` | | 14
+pipeline.StableDiffusion.inpaint | diffusers.StableDiffusionInpaintPipeline | `scripts/inpaint_st.py` | | 14
 samplers.heun | diffusers.HeunDiscreteScheduler.step | | | 13
 samplers.dpm2 | diffusers.KDPM2DiscreteScheduler.step | | DPM-Solver-2 | 13
 samplers.dpmpp_2s | diffusers.DPMSolverSinglestepScheduler.step | | DPM-Solver++(2S) | 13
@@ -297,6 +302,8 @@ controlnet.zero | diffusers.models.controlnets.controlnet.zero_module | `zero_mo
 controlnet.Control | diffusers.StableDiffusionControlNetPipeline.__call__(control_guidance_start) | | | 16
 pipeline.StableDiffusion | diffusers.StableDiffusionPipeline | `LatentDiffusion` | | 12
 pipeline.StableDiffusion.img2img | diffusers.StableDiffusionImg2ImgPipeline | `scripts/img2img.py` | | 12
+inversion.add_embedding | diffusers.StableDiffusionPipeline.load_textual_inversion | | $v^*$ | 15
+tokenizer.Tokenizer.parts | diffusers.StableDiffusionPipeline.maybe_convert_prompt | | | 15
 """
 CALL = "diffusers.StableDiffusionPipeline.__call__"
 IMAGE = "diffusers.StableDiffusionImg2ImgPipeline.__call__"

@@ -29,8 +29,9 @@ if TYPE_CHECKING:  # torch takes seconds to import: `--help` should not wait for
     from PIL.Image import Image
 
     from sdlearn.controlnet import Control
+    from sdlearn.inversion import Embedding
     from sdlearn.pipeline import StableDiffusion
-    from sdlearn.request import Request
+    from sdlearn.request import Request, Settings
 
 # Modules with add_arguments() and main()
 ELSEWHERE = {
@@ -115,6 +116,10 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
         help="guidance rescale, 0 to 1 (0: off)")  # fmt: skip
     add("--clip-skip", type=int, default=0, metavar="N",
         help="text encoder layers to leave out (0)")  # fmt: skip
+    add("--lora", action="append", default=[], metavar="FILE[:SCALE]",
+        help="a LoRA, or several; as <lora:NAME:0.8> in a prompt")  # fmt: skip
+    add("--embedding", action="append", default=[], metavar="FILE[:WORD]",
+        help="a textual inversion, or several: a word for prompts")  # fmt: skip
     add_control_arguments(parser)
     add_model_arguments(parser)
     if listed:
@@ -126,6 +131,23 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
         parser.epilog = "\n".join(
             ["samplers:", *rows, f"spacings: {' '.join(SPACINGS)}"]
         )
+
+
+def add_inpainting_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-i", "--image", required=True, type=Path, metavar="FILE", help="the picture")
+    add("--mask", type=Path, metavar="FILE",
+        help="of the same shape: white is painted anew, black stays")  # fmt: skip
+    add("--expand", metavar="SIDES",
+        help="paint a larger canvas: left=64,bottom=32 (pixels)")  # fmt: skip
+    add("--strength", type=float, default=1.0, metavar="S",
+        help="how much is forgotten under the mask: above 0, up to 1 (1)")  # fmt: skip
+    add("--resample", type=int, default=1, metavar="N",
+        help="go each stretch of the way N times: slower, fewer seams (1)")  # fmt: skip
+    add("--no-paste", dest="paste", action="store_false",
+        help="leave known pixels as the VAE makes them")  # fmt: skip
+    add("--soft", type=float, default=0.0, metavar="PX",
+        help="pixels over which the edge fades (0)")  # fmt: skip
 
 
 def add_control_arguments(parser: argparse.ArgumentParser) -> None:
@@ -194,6 +216,11 @@ def make_parser(argv: Sequence[str]) -> Parser:
     add("--strength", type=float, default=0.8, metavar="S",
         help="how much of it is forgotten: above 0, up to 1 (0.8)")  # fmt: skip
     add_drawing_arguments(img2img, bool(helped) and command == "img2img")
+
+    inpaint = commands.add_parser("inpaint", help="paint a part of a picture anew")
+    inpaint.add_argument("prompt", nargs="+", help="what the whole picture shows then")
+    add_inpainting_arguments(inpaint)
+    add_drawing_arguments(inpaint, bool(helped) and command == "inpaint")
 
     demo = commands.add_parser("demo", help="a few pictures, of both kinds, with times")
     add_model_arguments(demo)
@@ -268,7 +295,63 @@ def request_of(args: argparse.Namespace) -> Request:
 
     names = {"image", *Settings.__annotations__}
     given = {name: value for name, value in vars(args).items() if name in names}
+    if args.command == "inpaint":
+        given |= hole_of(args)
     return Request(args.prompt, **given)
+
+
+def hole_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What `sdlearn inpaint` says of the picture and its mask, for a request."""
+    from sdlearn.inpaint import Inpaint, expand, read_expansion
+    from sdlearn.pictures import open_image
+
+    image, mask = open_image(args.image), args.mask
+    if (args.mask is None) == (args.expand is None):
+        raise ValueError("give --mask FILE, or --expand left=64: one of the two")
+    if args.expand is not None:
+        image, mask = expand(image, **read_expansion(args.expand))
+    hole = Inpaint(mask, args.resample, args.paste, args.soft)
+    sides = {"width": args.width, "height": args.height}
+    if args.expand is not None:  # the canvas is drawn as large as it is
+        sides = {name: x or getattr(image, name) for name, x in sides.items()}
+    return {"image": image, "extras": [hole], **sides}
+
+
+def write_tags(args: argparse.Namespace) -> None:
+    """--lora as a tag in each prompt, so that the pictures' files tell of it."""
+    from sdlearn.lora import read_tag
+
+    tags = []
+    for text in args.lora:
+        name, scale = read_tag(text)
+        tags.append(f"<lora:{find_model(name)}:{scale:g}>")
+    args.prompt = [" ".join([prompt, *tags]) for prompt in args.prompt]
+
+
+def take_tags(args: argparse.Namespace) -> list[tuple[Path, float]]:
+    """The LoRAs that the prompts name, which they then name no more."""
+    from sdlearn.lora import find_lora, split_tags
+
+    if "<lora:" in args.negative_prompt:
+        raise ValueError("a LoRA's tag stands in the negative prompt: give a scale < 0")
+    model, split = find_model(args.model), [split_tags(x) for x in args.prompt]
+    if any(tags != split[0][1] for _, tags in split):
+        raise ValueError(
+            "the prompts name different LoRAs, but are drawn at once: draw them one "
+            "after the other"
+        )
+    args.prompt = [words for words, _ in split]
+    return [(find_lora(name, model), scale) for name, scale in split[0][1]]
+
+
+def read_words(args: argparse.Namespace) -> list[Embedding]:
+    """The words that --embedding brings; read before the model, since it is quick."""
+    if not args.embedding:
+        return []
+    from sdlearn.inversion import read_embedding, split_word
+
+    found = [split_word(text) for text in args.embedding]
+    return [read_embedding(find_model(file), word) for file, word in found]
 
 
 def controls_of(args: argparse.Namespace) -> list[Control]:
@@ -362,13 +445,26 @@ def save_all(
 
 
 def run_drawing(args: argparse.Namespace) -> None:
-    """`sdlearn txt2img` and `sdlearn img2img`."""
-    request = request_of(args)
-    check_output(args.output, request.count)
-    request = replace(request, extras=[*request.extras, *controls_of(args)])
+    """`sdlearn txt2img`, `sdlearn img2img` and `sdlearn inpaint`."""
+    write_tags(args)
+    told = request_of(args)
+    check_output(args.output, told.count)
+    words, extras = read_words(args), [*told.extras, *controls_of(args)]
+    told = replace(told, extras=extras)  # as the pictures' files tell it
+    loras = take_tags(args)
+    request = replace(told, prompt=args.prompt)
     sd = load_model(args)
+    if loras:
+        from sdlearn.lora import load_lora, merge
+
+        networks = sd.networks()
+        merge(networks, *((load_lora(path, networks), x) for path, x in loras))
+    for word in words:
+        from sdlearn.inversion import add_embedding
+
+        add_embedding(sd, word)
     pictures = draw(sd, request, f"{args.command}, seed {request.seed[0]}")
-    for path in save_all(sd, request, pictures, args.output, args.command):
+    for path in save_all(sd, told, pictures, args.output, args.command):
         say(path, sys.stdout)
 
 
@@ -379,10 +475,12 @@ DEMO = [
     "a purple rocket to the left of a tree on a pink background",
 ]
 REPAINT = "a green apple on a yellow background"
+EXCHANGE = "a yellow star above a penguin"  # the lower half of the third
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    """`sdlearn demo`, which is `make run`: 50 steps of DDPM, quick ones, img2img."""
+    """`sdlearn demo`, which is `make run`: 50 steps of DDPM, quick ones, img2img, and
+    half of a picture painted anew."""
     written: list[Path] = []
 
     @contextlib.contextmanager
@@ -393,6 +491,7 @@ def run_demo(args: argparse.Namespace) -> None:
 
     def draw_stage(request: Request) -> list[Image]:
         kind = "txt2img" if request.image is None else "img2img"
+        kind = "inpaint" if request.extras else kind
         pictures = draw(sd, request, kind)
         stem = f"{kind}-{request.sampler}"
         written.extend(save_all(sd, request, pictures, args.output, stem))
@@ -403,7 +502,7 @@ def run_demo(args: argparse.Namespace) -> None:
             f"output {args.output} is a file name, but the demo writes several "
             "pictures: give a folder"
         )
-    check_output(args.output, 5)
+    check_output(args.output, 6)
     with stage("loading the model, with PyTorch"):
         from sdlearn.request import Request
 
@@ -411,13 +510,21 @@ def run_demo(args: argparse.Namespace) -> None:
     with stage(f"txt2img, one picture, 50 steps of DDPM, on {sd.device.type}"):
         first = draw_stage(Request(DEMO[:1], seed=1))[0]
     with stage("txt2img, three prompts at once, 20 steps of DDIM"):
-        draw_stage(Request(DEMO[1:], steps=20, sampler="ddim", seed=2))
+        *_, star, _ = draw_stage(Request(DEMO[1:], steps=20, sampler="ddim", seed=2))
     with stage("img2img from the first picture, 15 of 25 steps of DDIM"):
         draw_stage(
             Request(
                 REPAINT, image=first, strength=0.6, steps=25, sampler="ddim", seed=3
             )
         )
+    with stage("inpaint, the lower half of a picture, 20 steps of DDIM"):
+        from sdlearn.inpaint import Inpaint
+
+        mask = star.convert("L").point([0] * 256)
+        mask.paste(255, (0, star.height // 2, *star.size))
+        how: Settings = {"strength": 1.0, "steps": 20, "sampler": "ddim", "seed": 4}
+        how["extras"] = [Inpaint(mask)]
+        draw_stage(Request(EXCHANGE, image=star, **how))
     say("\n  ".join(["written:", *map(str, written)]), sys.stdout)
 
 
@@ -445,6 +552,7 @@ def run_download(args: argparse.Namespace) -> None:
 RUN = {
     "txt2img": run_drawing,
     "img2img": run_drawing,
+    "inpaint": run_drawing,
     "demo": run_demo,
     "inspect": run_inspect,
     "download": run_download,

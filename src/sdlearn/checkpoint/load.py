@@ -7,6 +7,7 @@ Exported from book/11_weights.ipynb by `make export`; edit it there.
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -389,7 +390,7 @@ def plan_file(path: Path, ema: bool, vae: str | Path | None, sizes: Sizes) -> Pl
     tensors = read_tensors(path)
     refuse_foreign(tensors)
     kind, special = recognise(tensors), variant(tensors.entries)
-    if kind != "SD 1" or special:
+    if kind != "SD 1" or special not in ("", "inpainting"):
         what = called(kind) + (f" for {special}" if special else "")
         raise ValueError(f"{path} is {what}, but a whole SD 1 checkpoint is wanted")
     heads = {part: PREFIXES[part][part == "text_encoder"] for part in MAKE}
@@ -401,6 +402,9 @@ def plan_file(path: Path, ema: bool, vae: str | Path | None, sizes: Sizes) -> Pl
                 f"{path} has a tensor that no part takes, {clean(name)}: it is not a "
                 "plain SD 1 checkpoint"
             )
+    if special:  # a U-Net that also sees a mask and the rest of the picture
+        channels = 2 * sizes.vae.latent_channels + 1
+        sizes = sizes._replace(unet=replace(sizes.unet, in_channels=channels))
     networks = {}
     for part, config in sizes._asdict().items():
         if part == "vae" and vae is not None:
@@ -433,12 +437,13 @@ def check_fit(found: Plan, path: Path) -> Plan:
     if found.tokenizer is not None:
         words, positions = len(found.tokenizer), found.tokenizer.positions
     channels = vae.latent_channels
-    if special := CHANNELS.get(unet.in_channels):
+    fits = unet.in_channels in (channels, 2 * channels + 1)  # plain, or inpainting
+    if not fits and (special := CHANNELS.get(unet.in_channels)):
         raise ValueError(
             f"{path} is made for {special}, its U-Net takes {unet.in_channels} "
             "channels: take a plain model"
         )
-    if (unet.in_channels, unet.out_channels) != (channels, channels):
+    if not fits or unet.out_channels != channels:
         raise ValueError(
             f"{path}: the U-Net takes {unet.in_channels} channels and answers "
             f"{unet.out_channels}, but the VAE makes {channels}: take another model"
@@ -536,7 +541,7 @@ def save(
 
 
 INDEX = {  # model_index.json: who reads which part, for diffusers
-    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.6.0",  # the form of these files; its inpainting asks
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "vae": ["diffusers", "AutoencoderKL"],
@@ -556,12 +561,14 @@ def folder_writers(
     height, width = (side // factor for side in parts.size)
     size = height if height == width else [height, width]
     schedule = schedule_to_json(parts.schedule, parts.prediction)
+    plain = unet.config.in_channels == vae.config.latent_channels
+    kind = "StableDiffusionPipeline" if plain else "StableDiffusionInpaintPipeline"
     contents = {
         "text_encoder/config": text_to_json(text.config),
         "vae/config": vae_to_json(vae.config, max(parts.size)),
         "unet/config": unet_to_json(unet.config, size),
         "scheduler/scheduler_config": schedule,
-        "model_index": INDEX,
+        "model_index": {"_class_name": kind} | INDEX,
     }
     texts = tokenizer.files().items()
     writers = {f"tokenizer/{name}": text_writer(content) for name, content in texts}

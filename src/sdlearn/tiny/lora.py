@@ -40,7 +40,7 @@ from sdlearn.tiny.tasks import DenoiseTask, encode_scenes
 from sdlearn.training import Recipe, averaged_weights
 
 RECIPE = Recipe(
-    steps=700, batch=16, lr=2e-3, warmup=20, cooldown=400, decay=0.0, ema=0.98
+    steps=800, batch=8, lr=1e-2, warmup=20, cooldown=450, decay=0.0, ema=0.98
 )
 PRIOR = 512  # old scenes that keep what was known
 PREVIEW_EVERY = 100  # steps
@@ -114,7 +114,7 @@ class LoraTask(DenoiseTask):
         lora: LoRA,
         pictures: Pictures,
         prior: Tensor | None,
-        share: float = 0.25,
+        share: float = 0.2,
     ):
         height, width = sd.size
         with torch.no_grad():
@@ -188,8 +188,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         help=f"learning rate ({RECIPE.lr}; 1e-4 for SD 1.5)")  # fmt: skip
     add("--batch", type=int, default=RECIPE.batch, metavar="B",
         help=f"examples a step ({RECIPE.batch})")  # fmt: skip
-    add("--prior", type=float, default=0.25, metavar="SHARE",
-        help="share of old scenes among them, for the tiny model (0.25)")  # fmt: skip
+    add("--prior", type=float, default=0.2, metavar="SHARE",
+        help="share of old scenes among them, for the tiny model (0.2)")  # fmt: skip
     add("--device", metavar="NAME", help="cuda, mps or cpu (the first that is there)")
     add_run_arguments(add)
 

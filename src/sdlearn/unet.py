@@ -31,6 +31,7 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     groups: int = 32
+    guidance_width: int = 0  # of the vector that tells a U-Net its guidance (LCM)
 
     def __post_init__(self) -> None:
         lengths = len(self.channels), len(self.attention), len(self.heads)
@@ -162,7 +163,9 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         channels, levels = config.channels, len(config.channels)
-        self.time_embedding = TimeEmbedding(channels[0], config.time_width)
+        self.time_embedding = TimeEmbedding(
+            channels[0], config.time_width, config.guidance_width
+        )
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips, width = [channels[0]], channels[0]
@@ -190,15 +193,17 @@ class UNet(nn.Module):
         t: Tensor,
         context: Tensor,
         residuals: Sequence[Tensor] | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """latents (B, 4, h, w), t (B,) or one, context (B, S, D) -> (B, 4, h, w).
 
         residuals: what a second network adds, one map for each that is kept on the way
-        down, in order, and one for the middle.
+        down, in order, and one for the middle. guidance (B, guidance_width): where the
+        network is told how strongly the words should count.
         """
-        self.check(latents, context)
+        self.check(latents, context, guidance)
         t = torch.as_tensor(t, device=latents.device).expand(len(latents))
-        time = self.time_embedding(t)  # (B, E)
+        time = self.time_embedding(t, guidance)  # (B, E)
         x = self.conv_in(latents)
         skips = [x]
         for part in self.down:
@@ -217,7 +222,7 @@ class UNet(nn.Module):
                 x = part(x, skips[-1].shape[-2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def check(self, latents: Tensor, context: Tensor) -> None:
+    def check(self, latents: Tensor, context: Tensor, guidance: Tensor | None) -> None:
         """Say what is wrong with the inputs before a layer deep inside does."""
         if latents.shape[1] != self.config.in_channels:
             have, want = latents.shape[1], self.config.in_channels
@@ -230,6 +235,12 @@ class UNet(nn.Module):
             raise ValueError(
                 f"context is {have} wide, but this U-Net reads {want}: "
                 "use its own text encoder"
+            )
+        if (guidance is None) == bool(self.config.guidance_width):
+            what = "needs" if guidance is None else "takes no"
+            raise ValueError(
+                f"this U-Net {what} guidance as an input: a latent consistency model "
+                "is told it, others are guided from outside"
             )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sdlearn.checkpoint.configs import (
+    LCM_ALWAYS,
     clip_from_json,
     clip_to_json,
     sample_size,
@@ -37,6 +38,7 @@ from sdlearn.checkpoint.dialects import (
     averaged_name,
     called,
     clip_name,
+    guidance_width,
     ldm_unet_rules,
     ldm_vae_rules,
     recognise,
@@ -349,7 +351,8 @@ def plan_folder(folder: Path, vae: str | Path | None) -> Plan:
     index = read_index(folder)
     kind = str(index.get("_class_name"))
     find_parts(folder, index)  # complains if one is missing
-    if not kind.startswith("StableDiffusion") or "XL" in kind or "3" in kind:
+    known = kind.startswith(("StableDiffusion", "LatentConsistency"))
+    if not known or "XL" in kind or "3" in kind:
         raise ValueError(
             f"{folder} is a {clean(kind)}, but a StableDiffusionPipeline (SD 1) is "
             "wanted"
@@ -390,7 +393,8 @@ def plan_file(path: Path, ema: bool, vae: str | Path | None, sizes: Sizes) -> Pl
     tensors = read_tensors(path)
     refuse_foreign(tensors)
     kind, special = recognise(tensors), variant(tensors.entries)
-    if kind != "SD 1" or special not in ("", "inpainting"):
+    hears = guidance_width(tensors.entries)
+    if kind != "SD 1" or special not in ("", "inpainting") and not hears:
         what = called(kind) + (f" for {special}" if special else "")
         raise ValueError(f"{path} is {what}, but a whole SD 1 checkpoint is wanted")
     heads = {part: PREFIXES[part][part == "text_encoder"] for part in MAKE}
@@ -402,7 +406,9 @@ def plan_file(path: Path, ema: bool, vae: str | Path | None, sizes: Sizes) -> Pl
                 f"{path} has a tensor that no part takes, {clean(name)}: it is not a "
                 "plain SD 1 checkpoint"
             )
-    if special:  # a U-Net that also sees a mask and the rest of the picture
+    if hears:  # a latent consistency model
+        sizes = sizes._replace(unet=replace(sizes.unet, guidance_width=hears))
+    elif special:  # a U-Net that also sees a mask and the rest of the picture
         channels = 2 * sizes.vae.latent_channels + 1
         sizes = sizes._replace(unet=replace(sizes.unet, in_channels=channels))
     networks = {}
@@ -563,12 +569,17 @@ def folder_writers(
     schedule = schedule_to_json(parts.schedule, parts.prediction)
     plain = unet.config.in_channels == vae.config.latent_channels
     kind = "StableDiffusionPipeline" if plain else "StableDiffusionInpaintPipeline"
+    index: dict[str, Any] = {"_class_name": kind} | INDEX
+    if unet.config.guidance_width:  # a latent consistency model
+        index["_class_name"] = "LatentConsistencyModelPipeline"
+        index["scheduler"] = ["diffusers", "LCMScheduler"]
+        schedule |= {"_class_name": "LCMScheduler"} | LCM_ALWAYS
     contents = {
         "text_encoder/config": text_to_json(text.config),
         "vae/config": vae_to_json(vae.config, max(parts.size)),
         "unet/config": unet_to_json(unet.config, size),
         "scheduler/scheduler_config": schedule,
-        "model_index": {"_class_name": kind} | INDEX,
+        "model_index": index,
     }
     texts = tokenizer.files().items()
     writers = {f"tokenizer/{name}": text_writer(content) for name, content in texts}

@@ -9,16 +9,14 @@ import pytest
 import torch
 from diffusers import LatentConsistencyModelImg2ImgPipeline, LatentConsistencyModelPipeline, LCMScheduler
 from random_model import SMALL_UNET, random_parts, save_random_model
-from torch import nn
 
 from sdlearn.checkpoint.inspect import inspect
-from sdlearn.checkpoint.load import load, save
+from sdlearn.checkpoint.load import load
 from sdlearn.lcm import guidance_embedding, huber, levels_at, segment_end, slide, told_guidance
-from sdlearn.pictures import to_tensor
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.prediction import PREDICTIONS
 from sdlearn.request import Request
-from sdlearn.samplers import SAMPLERS, Denoiser, boundary, draw_noise, lcm_levels, sample
+from sdlearn.samplers import SAMPLERS, Denoiser, boundary, lcm_levels, sample
 from sdlearn.schedule import CLEAN, Schedule, add_noise
 from sdlearn.unet import UNet, UNetConfig
 
@@ -106,6 +104,28 @@ def test_eta_says_how_much_of_the_noise_is_fresh():
         assert math.isclose(leg.down**2 + leg.up**2, leg.end**2) and leg.up == eta * 1.5
 
 
+def test_a_network_that_sees_the_end_draws_as_much_as_there_is():
+    """Numbers of mean .4 and deviation .5: the exact end of every line is known, and from the mean of all ends that a
+    plain network sees, the same walk makes numbers that are too much alike."""
+
+    def drawn(sees_the_end):
+        def network(xt, t):
+            level = SCHEDULE.at(float(t))
+            width = math.hypot(0.5 * level.alpha, level.sigma)
+            share = 0.5 / width if sees_the_end else level.alpha * 0.25 / width**2
+            return 0.4 + share * (xt - 0.4 * level.alpha)
+
+        dice = torch.Generator().manual_seed(0)
+        start = torch.randn(40, 4, 8, 8, generator=dice)
+        denoise = Denoiser(network, SCHEDULE, PREDICTIONS["sample"])
+        *_, last = sample(denoise, start, lcm_levels(SCHEDULE, 4), "lcm", dice)
+        return last.latents
+
+    right, plain = drawn(True), drawn(False)
+    assert abs(right.mean() - 0.4) < 0.02 and abs(right.std() / 0.5 - 1) < 0.03
+    assert plain.std() < 0.4
+
+
 def test_guidance_embedding_is_that_of_diffusers():
     scales = torch.tensor([1.0, 2.5, 7.5, 14.0])
     theirs = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, scales - 1, 256)
@@ -139,25 +159,14 @@ def published(tmp_path_factory):
     return folder
 
 
-def ours_and_theirs(folder, kind, n, image=None, **how):
-    sd = StableDiffusion.load(folder)
-    theirs = kind.from_pretrained(folder)
-    theirs.set_progress_bar_config(disable=True)
-    dice = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
-    prompts = ["a red apple", "a cat above a yellow star"]
-    more = {} if image is None else {"image": image, "strength": how.pop("strength")}
-    found = theirs(prompts, num_inference_steps=n, generator=dice, output_type="np", **more, **how).images
-    if more:
-        more["strength"] = more["strength"]
-    return sd, prompts, found, more
-
-
 @pytest.mark.parametrize("scale", [1.0, 7.5])
 def test_a_published_model_draws_what_diffusers_draws(published, scale):
-    sd, prompts, theirs, _ = ours_and_theirs(
-        published, LatentConsistencyModelPipeline, 4, guidance_scale=scale, height=32, width=32
-    )
-    ours = sd.txt2img(prompts, steps=4, sampler="lcm", seed=7, cfg_scale=scale)
+    prompts = ["a red apple", "a cat above a yellow star"]
+    pipeline = LatentConsistencyModelPipeline.from_pretrained(published)
+    pipeline.set_progress_bar_config(disable=True)
+    dice = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+    theirs = pipeline(prompts, 32, 32, 4, guidance_scale=scale, generator=dice, output_type="np").images
+    ours = StableDiffusion.load(published).txt2img(prompts, steps=4, sampler="lcm", seed=7, cfg_scale=scale)
     for mine, picture in zip(ours, theirs, strict=True):
         assert np.abs(np.asarray(mine) / 255 - picture).max() < 1 / 255
 
@@ -204,6 +213,30 @@ def test_image_to_image_is_that_of_diffusers(published):
                    output_type="np").images[0]  # fmt: skip
     mine = sd.img2img("a red apple", image, steps=4, strength=0.6, sampler="lcm", seed=7)[0]
     assert np.abs(np.asarray(mine) / 255 - found).max() < 1.5 / 255
+
+
+def test_segments_end_where_they_should():
+    t = torch.tensor([1, 249, 250, 499, 500, 749, 750, 999])
+    assert segment_end(t, 4).tolist() == [-1, -1, 249, 249, 499, 499, 749, 749]
+    assert segment_end(t, 2).tolist() == [-1] * 4 + [499] * 4 and segment_end(t, 1).tolist() == [-1] * 8
+
+
+def test_sliding_is_ddims_step():
+    """To a level, and to the picture itself; and who slides nowhere stays."""
+    torch.manual_seed(0)
+    x0, noise, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([999, 600, 20])
+    start = levels_at(SCHEDULE, t)
+    xt = add_noise(x0, noise, start)
+    end = levels_at(SCHEDULE, torch.tensor([749, -1, 20]))
+    wanted = torch.stack([add_noise(x0[0], noise[0], SCHEDULE.at(749.0)), x0[1], xt[2]])
+    assert torch.allclose(slide(xt, x0, start, end), wanted, atol=1e-5)
+
+
+def test_huber_counts_the_size_of_an_error():
+    wanted = torch.zeros(3, 2, 2, 2)
+    found = wanted + torch.tensor([0.0, 1e-5, 2.0]).view(3, 1, 1, 1)
+    zero, small, large = huber(found, wanted).tolist()
+    assert zero == 0 and math.isclose(small, 1e-10 / 0.002, rel_tol=0.02) and math.isclose(large, 1.999, rel_tol=1e-3)
 
 
 def test_all_steps_are_gone_whatever_the_strength():

@@ -58,7 +58,7 @@ def slide(xt: Tensor, x0: Tensor, start: Level, end: Level) -> Tensor:
 
 
 def huber(found: Tensor, wanted: Tensor, c: float = 0.001) -> Tensor:
-    """sqrt(d^2 + c^2) - c, the mean of each example, (B,): the size of an error, not its
+    """sqrt(d^2 + c^2) - c, the mean of each example, (B,): an error's size, not its
     square, so that few large ones do not drown the rest (Song & Dhariwal 2024, eq. 8).
     """
     d = (found - wanted).flatten(1)

@@ -470,8 +470,8 @@ def lcm(past: list[Point], leg: Leg, look: Look) -> Tensor:
 
 
 def afresh(start: float, end: float, eta: float) -> Leg:
-    """A leg that leaves the old noise behind: with eta 1 all noise is fresh, with 0 none
-    (Song et al. 2023, algorithm 1)."""
+    """A leg that leaves the old noise behind: with eta 1 all noise is fresh, with 0
+    none is (Song et al. 2023, algorithm 1)."""
     return Leg(start, end, end * math.sqrt(1 - eta**2), end * eta)
 
 

@@ -351,8 +351,8 @@ def plan_folder(folder: Path, vae: str | Path | None) -> Plan:
     index = read_index(folder)
     kind = str(index.get("_class_name"))
     find_parts(folder, index)  # complains if one is missing
-    known = kind.startswith(("StableDiffusion", "LatentConsistency"))
-    if not known or "XL" in kind or "3" in kind:
+    good = kind.startswith(("StableDiffusion", "LatentConsistency"))
+    if not good or "XL" in kind or "3" in kind:
         raise ValueError(
             f"{folder} is a {clean(kind)}, but a StableDiffusionPipeline (SD 1) is "
             "wanted"

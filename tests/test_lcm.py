@@ -8,16 +8,24 @@ import numpy as np
 import pytest
 import torch
 from diffusers import LatentConsistencyModelImg2ImgPipeline, LatentConsistencyModelPipeline, LCMScheduler
+from PIL import Image
 from random_model import SMALL_UNET, random_parts, save_random_model
+from safetensors.torch import load_file, save_file
+from torch import nn
 
+from sdlearn.checkpoint.configs import schedule_from_json
+from sdlearn.checkpoint.files import read_tensors
 from sdlearn.checkpoint.inspect import inspect
-from sdlearn.checkpoint.load import load
-from sdlearn.lcm import guidance_embedding, huber, levels_at, segment_end, slide, told_guidance
+from sdlearn.checkpoint.load import Sizes, load, plan, save
+from sdlearn.cli import main
+from sdlearn.lcm import advice, guidance_embedding, huber, levels_at, segment_end, slide, told_guidance
+from sdlearn.lora import load_lora, save_lora, with_lora
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.prediction import PREDICTIONS
 from sdlearn.request import Request
 from sdlearn.samplers import SAMPLERS, Denoiser, boundary, lcm_levels, sample
 from sdlearn.schedule import CLEAN, Schedule, add_noise
+from sdlearn.tiny.consistency import TARGETS
 from sdlearn.unet import UNet, UNetConfig
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -195,8 +203,6 @@ def test_a_folder_and_a_file_come_back(published, tmp_path):
 
 @pytest.mark.parametrize(("key", "value"), [("original_inference_steps", 100), ("timestep_scaling", 1.0)])
 def test_other_times_are_another_model(published, tmp_path, key, value):
-    from sdlearn.checkpoint.configs import schedule_from_json
-
     content = json.loads((published / "scheduler" / "scheduler_config.json").read_text())
     with pytest.raises(ValueError, match=f"LCM scheduler config: {key} is {value}"):
         schedule_from_json(content | {key: value})
@@ -247,3 +253,94 @@ def test_all_steps_are_gone_whatever_the_strength():
     assert [way[0].t for way in ways.values()] == [299, 599, 999]
     own = sd.levels(Request("a", steps=4, sampler="lcm", spacing="trailing"))
     assert [level.t for level in own] == [999, 749, 499, 249, 0]  # a spacing that was asked for
+
+
+def test_advice():
+    """sampler, scale, negative prompt, told its guidance, a LoRA -> what is said."""
+    cases = {
+        ("lcm", 1.0, False, False, True): [],
+        ("ddpm", 7.5, True, False, False): [],
+        ("lcm", 7.5, False, True, False): [],
+        ("lcm", 1.0, False, False, False): ["with plain weights"],
+        ("lcm", 7.5, False, False, False): ["with plain weights"],
+        ("lcm", 7.5, False, False, True): ["a scale of 7.5 guides it once more"],
+        ("lcm", 7.5, True, True, False): ["nothing asks for the negative prompt"],
+        ("ddim", 7.5, True, True, False): ["ddim does not go its way", "nothing asks for the negative prompt"],
+    }
+    for case, wanted in cases.items():
+        said = advice(*case)
+        assert len(said) == len(wanted) and all(x in y for x, y in zip(wanted, said, strict=True)), case
+
+
+def drawn(folder, capsys, *words):
+    """(exit code, what stderr says, the settings in the PNG) of `sdlearn txt2img`."""
+    code = main(["txt2img", "a cat", "--model", str(folder), "--seed", "1", "-o", str(folder / "out.png"), *words])
+    said = capsys.readouterr().err
+    text = Image.open(folder / "out.png").text["parameters"] if code == 0 else ""
+    return code, said, text
+
+
+def test_on_the_command_line(published, tmp_path, capsys):
+    save_random_model(tmp_path / "plain")
+    code, said, text = drawn(tmp_path / "plain", capsys, "--sampler", "lcm")
+    assert code == 0 and "with plain weights: in few steps they draw blurs" in said
+    assert "Steps: 4, Sampler: LCM, CFG scale: 1.0" in text
+    code, said, text = drawn(published, capsys, "--sampler", "lcm")
+    assert code == 0 and "sdlearn: " not in said and "Steps: 4, Sampler: LCM, CFG scale: 7.5" in text
+    code, said, text = drawn(published, capsys, "--steps", "2", "--negative-prompt", "a dog")
+    assert code == 0 and "draw with the sampler lcm, in 4 steps" in said and "hear" not in text
+    assert "so nothing asks for the negative prompt" in said and "Steps: 2, Sampler: DDPM, CFG scale: 7.5" in text
+    code, said, _ = drawn(published, capsys, "--sampler", "lcm", "--steps", "51")
+    assert code == 2 and "51 steps of the sampler lcm" in said and "up to 50" in said
+
+
+@pytest.fixture(scope="module")
+def small_lora(tmp_path_factory):
+    """A LoRA in the form of lcm-lora-sdv1-5: kohya's names, convolutions and feed-forward among its layers."""
+    path, parts = tmp_path_factory.mktemp("lora") / "lcm.safetensors", random_parts()[0]
+    lora = with_lora({"unet": parts.networks["unet"]}, 3, targets=TARGETS)
+    for pair in lora.pairs:
+        nn.init.normal_(pair.up, std=0.1)
+    save_lora(path, lora)
+    return path
+
+
+def test_an_lcm_lora_is_loaded_with_its_convolutions(small_lora, tmp_path, capsys):
+    save_random_model(tmp_path)
+    sd = StableDiffusion.load(tmp_path)
+    lora = load_lora(small_lora, sd.networks())
+    kinds = ("attn1.to_q", "ff.net.0.proj", "proj_in", "resnets.0.conv1", "downsamplers.0.conv", "time_emb_proj")
+    assert all(any(kind in name for name in lora.layers) for kind in kinds)
+    assert not any("conv_in" in name or "conv_out" in name or ".time_embedding." in name for name in lora.layers)
+    report = inspect(small_lora)
+    assert report.can.endswith("--sampler lcm")
+    code, said, text = drawn(tmp_path, capsys, "--sampler", "lcm", "--lora", str(small_lora))
+    assert code == 0 and "sdlearn: " not in said and "CFG scale: 1.0" in text
+    code, said, _ = drawn(tmp_path, capsys, "--sampler", "lcm", "--lora", str(small_lora), "--cfg-scale", "7.5")
+    assert code == 0 and "a scale of 7.5 guides it once more: take 1 to 2" in said
+
+
+def test_an_lcm_lora_for_another_family_is_refused(tmp_path, capsys):
+    """lcm-lora-sdxl on a small SD 1, by the width of the context that its layers read."""
+    save_random_model(tmp_path / "model")
+    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    tensors = {f"{name}.lora_down.weight": torch.zeros(4, 2048), f"{name}.lora_up.weight": torch.zeros(640, 4)}
+    save_file(tensors, tmp_path / "lcm-lora-sdxl.safetensors")
+    code, said, _ = drawn(tmp_path / "model", capsys, "--sampler", "lcm",
+                          "--lora", str(tmp_path / "lcm-lora-sdxl.safetensors"))  # fmt: skip
+    assert code == 2 and "is a LoRA for SDXL, but this model is" in said
+
+
+def test_a_single_file_of_a_latent_consistency_model(published, tmp_path):
+    """LDM's names, with time_embed.cond_proj; its sizes are given here, since it is small."""
+    parts, path = load(published), tmp_path / "lcm.safetensors"
+    save(path, parts, torch.float32)
+    names = read_tensors(path).entries
+    assert "model.diffusion_model.time_embed.cond_proj.weight" in names
+    text, vae = (parts.networks[x].config for x in ("text_encoder", "vae"))
+    found = plan(path, sizes=Sizes(text, vae, SMALL_UNET)).networks["unet"].model
+    assert found.config == TOLD
+    broken = {name: tensor for name, tensor in load_file(path).items() if "cond_proj" not in name}
+    save_file(broken | {"model.diffusion_model.time_embed.cond_proj.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="no part of the model takes, .*cond_proj"):
+        plan(path, sizes=Sizes(text, vae, SMALL_UNET))

@@ -63,3 +63,35 @@ def huber(found: Tensor, wanted: Tensor, c: float = 0.001) -> Tensor:
     """
     d = (found - wanted).flatten(1)
     return ((d**2 + c**2).sqrt() - c).mean(dim=1)
+
+
+def advice(
+    sampler: str, scale: float, negative: bool, hears: bool, changed: bool
+) -> list[str]:
+    """What to expect of few steps; nothing where all goes together.
+
+    scale: of the guidance. negative: is there a negative prompt? hears: is the U-Net
+    told its guidance? changed: is there a LoRA in its weights?
+    """
+    said = []
+    if hears and sampler != "lcm":
+        said.append(
+            f"this is a latent consistency model, and {sampler} does not go its way: "
+            "draw with the sampler lcm, in 4 steps"
+        )
+    if hears and negative:
+        said.append(
+            "this model is told its guidance, so nothing asks for the negative prompt: "
+            "say what you want in the prompt"
+        )
+    if sampler == "lcm" and not hears and not changed:
+        said.append(
+            "the sampler lcm with plain weights: in few steps they draw blurs; add an "
+            "LCM-LoRA (--lora lcm), or take another sampler and more steps"
+        )
+    if sampler == "lcm" and not hears and changed and scale > 2:
+        said.append(
+            f"an LCM-LoRA has its guidance inside, and a scale of {scale:g} guides it "
+            "once more: take 1 to 2"
+        )
+    return said

@@ -138,7 +138,8 @@ def judged(report: Report, whole: bool) -> Report:
         config = plan(report.path).networks["unet"].model.config
         plain = config.in_channels == config.out_channels
         how = 'txt2img "..."' if plain else 'inpaint "..." --image FILE --mask FILE'
-        report.can = f"sdlearn {how} --model {quote(report.path)}"
+        few = " --sampler lcm" * bool(config.guidance_width)
+        report.can = f"sdlearn {how} --model {quote(report.path)}{few}"
     except ValueError as error:
         report.but.append(str(error))
     return report
@@ -178,7 +179,8 @@ def judge_lora(report: Report, tensors: Tensors) -> None:
             raise ValueError(f"{report.path} is a LoRA for {family}, not for SD 1")
         tiny = width_of(tensors.entries) == TINY
         model = "" if tiny else " --model MODEL"
-        report.can = f'sdlearn txt2img "..." --lora {quote(report.path)}{model}'
+        few = " --sampler lcm" * ("lcm" in Path(report.path).name.lower())
+        report.can = f'sdlearn txt2img "..." --lora {quote(report.path)}{model}{few}'
         if not family and not tiny:
             report.but.append("its names do not say for which model it is")
     except ValueError as error:

@@ -12,29 +12,6 @@ from sdlearn.schedule import Level, Schedule
 from sdlearn.unet import UNetConfig
 
 
-def guidance_embedding(scale: Tensor, width: int = 256) -> Tensor:
-    """Guidance scales (B,) -> (B, width), for a network that is told them.
-
-    Like the time's, of 1000 (scale - 1), but sines first, and the slowest frequency is
-    1 / 10,000 (diffusers' get_guidance_scale_embedding; Meng et al. 2023, section 3.1).
-    """
-    half = width // 2
-    i = torch.arange(half, dtype=torch.float32, device=scale.device)
-    frequencies = torch.exp(-math.log(10_000) / (half - 1) * i)
-    angles = 1000 * (scale.float() - 1)[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-def told_guidance(
-    config: UNetConfig, scale: float, device: torch.device | str = "cpu"
-) -> Conditioning:
-    """What a U-Net hears of a guidance scale: nothing, if it is guided from outside."""
-    if not config.guidance_width:
-        return {}
-    scales = torch.tensor([scale], device=device)
-    return {"guidance": guidance_embedding(scales, config.guidance_width)}
-
-
 def segment_end(t: Tensor, segments: int, steps: int = 1000) -> Tensor:
     """Where the segment of each time ends, (B,); -1 is the picture itself.
 
@@ -63,6 +40,29 @@ def huber(found: Tensor, wanted: Tensor, c: float = 0.001) -> Tensor:
     """
     d = (found - wanted).flatten(1)
     return ((d**2 + c**2).sqrt() - c).mean(dim=1)
+
+
+def guidance_embedding(scale: Tensor, width: int = 256) -> Tensor:
+    """Guidance scales (B,) -> (B, width), for a network that is told them.
+
+    Like the time's, of 1000 (scale - 1), but sines first, and the slowest frequency is
+    1 / 10,000 (diffusers' get_guidance_scale_embedding; Meng et al. 2023, section 3.1).
+    """
+    half = width // 2
+    i = torch.arange(half, dtype=torch.float32, device=scale.device)
+    frequencies = torch.exp(-math.log(10_000) / (half - 1) * i)
+    angles = 1000 * (scale.float() - 1)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def told_guidance(
+    config: UNetConfig, scale: float, device: torch.device | str = "cpu"
+) -> Conditioning:
+    """What a U-Net hears of a guidance scale: nothing, if it is guided from outside."""
+    if not config.guidance_width:
+        return {}
+    scales = torch.tensor([scale], device=device)
+    return {"guidance": guidance_embedding(scales, config.guidance_width)}
 
 
 def advice(

@@ -114,7 +114,7 @@ def test_guidance_is_that_of_chapter_10():
     x0 = task.guided(batch["xt"], batch["t"], batch["context"], batch["scale"])
     assert batch["scale"].tolist() == [SCALE] * 4
     level = levels_at(SCHEDULE, batch["t"])
-    eps = Exact()(batch["xt"], batch["t"], None) + 0.1 * SCALE
+    eps = Exact()(batch["xt"], batch["t"], batch["context"]) + 0.1 * SCALE
     assert torch.allclose(x0, (batch["xt"] - level.sigma * eps) / level.alpha, rtol=1e-3, atol=1e-3)
 
 
@@ -159,6 +159,7 @@ def train(small, tmp_path, *words):
     return main(["train", "lcm", "--model", str(small), "--runs", str(tmp_path / "runs"), *map(str, words)])
 
 
+@pytest.mark.slow
 def test_training_and_going_on(small, tmp_path, capsys):
     to = tmp_path / "my.safetensors"
     assert train(small, tmp_path, "--to", to, "--steps", 2, 1, 1) == 0
@@ -174,6 +175,7 @@ def test_training_and_going_on(small, tmp_path, capsys):
     assert "lcm, segments: 4: its 2 steps are done" in said and "segments: 1: goes on after step 1 of 2" in said
 
 
+@pytest.mark.slow
 def test_a_student_begins_where_its_teacher_ended(small, tmp_path):
     train(small, tmp_path, "--to", tmp_path / "a.safetensors", "--steps", 3, 1, 1)
     task = make_task(small, tmp_path / "runs" / "lcm", 2)
@@ -186,6 +188,7 @@ def test_a_student_begins_where_its_teacher_ended(small, tmp_path):
     assert torch.allclose(student, teacher, atol=1e-4) and not torch.equal(student, first.teacher(x, t, context))
 
 
+@pytest.mark.slow
 def test_a_whole_model_is_written(small, tmp_path, capsys):
     to = tmp_path / "whole"
     assert train(small, tmp_path, "--whole", "--to", to, "--steps", 1, 1, 1) == 0

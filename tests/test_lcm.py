@@ -283,7 +283,7 @@ def drawn(folder, capsys, *words):
 def test_on_the_command_line(published, tmp_path, capsys):
     save_random_model(tmp_path / "plain")
     code, said, text = drawn(tmp_path / "plain", capsys, "--sampler", "lcm")
-    assert code == 0 and "with plain weights: in few steps they draw blurs" in said
+    assert code == 0 and "with plain weights: one step draws a blur" in said
     assert "Steps: 4, Sampler: LCM, CFG scale: 1.0" in text
     code, said, text = drawn(published, capsys, "--sampler", "lcm")
     assert code == 0 and "sdlearn: " not in said and "Steps: 4, Sampler: LCM, CFG scale: 7.5" in text

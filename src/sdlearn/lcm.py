@@ -86,8 +86,8 @@ def advice(
         )
     if sampler == "lcm" and not hears and not changed:
         said.append(
-            "the sampler lcm with plain weights: in few steps they draw blurs; add an "
-            "LCM-LoRA (--lora lcm), or take another sampler and more steps"
+            "the sampler lcm with plain weights: one step draws a blur, four draw soft "
+            "pictures; add an LCM-LoRA, or take another sampler and more steps"
         )
     if sampler == "lcm" and not hears and changed and scale > 2:
         said.append(

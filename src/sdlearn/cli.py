@@ -556,8 +556,8 @@ def run_demo(args: argparse.Namespace) -> None:
             from sdlearn.lora import load_lora, merge
 
             merge(sd.networks(), (load_lora(lcm, sd.networks()), 1.0))
-            few: Settings = {"steps": 4, "sampler": "lcm", "cfg_scale": 1.0}
-            draw_stage(Request(DEMO[1:], seed=2, **few), "txt2img")
+            how = {"steps": 4, "sampler": "lcm", "cfg_scale": 1.0, "seed": 2}
+            draw_stage(Request(DEMO[1:], **how), "txt2img")
     say("\n  ".join(["written:", *map(str, written)]), sys.stdout)
 
 

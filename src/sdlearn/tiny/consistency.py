@@ -55,7 +55,7 @@ HEARS = 256  # numbers that tell it
 SKIP = 50  # times that the first teacher goes at once
 PURE = 0.3  # share of examples that are noise alone, as drawing begins
 BANK = 2_048  # training scenes whose latents are computed once
-STEPS = {4: 100, 2: 90, 1: 160}  # segments -> training steps
+STEPS = {4: 300, 2: 450, 1: 1_100}  # segments -> training steps
 RECIPE = Recipe(steps=1, batch=16, lr=2e-3, warmup=10, ema=0.95, decay=0.0)
 WHOLE = replace(RECIPE, lr=4e-4)
 
@@ -200,8 +200,9 @@ def measure(base: Path, lora: Path, count: int) -> dict[str, Any]:
     found: dict[str, dict[str, float]] = {}
 
     def try_out(way: str, some: Sequence[Scene], *how: Any) -> None:
+        steps, sampler, scale = how
         began = time.perf_counter()
-        drawn = draw(sd, some, *how, seed=18)
+        drawn = draw(sd, some, steps, sampler, scale, seed=18)
         seconds = (time.perf_counter() - began) / len(some)
         verdicts = judged(judge, some, [to_tensor(np.array(x)) for x in drawn])
         parts = {part: round(share(verdicts, part), 4) for part in PARTS}
@@ -220,7 +221,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     stages = ", ".join(f"{n} steps with {s} segments" for s, n in STEPS.items())
     parser.description = (
         "Distils the tiny model into a LoRA that draws in 4, 2 or 1 steps without "
-        f"guidance: {stages}, each of {RECIPE.batch} scenes; about 15 minutes of one "
+        f"guidance: {stages}, each of {RECIPE.batch} scenes; about an hour of one "
         "quiet core. Needs a checkpoint, and the drawings of the scenes: "
         "pip install 'sdlearn[train,tiny]'."
     )

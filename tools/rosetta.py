@@ -302,7 +302,7 @@ controlnet.zero | diffusers.models.controlnets.controlnet.zero_module | `zero_mo
 controlnet.Control | diffusers.StableDiffusionControlNetPipeline.__call__(control_guidance_start) | | | 16
 lcm.guidance_embedding | diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding | | $w$ | 18
 samplers.lcm | diffusers.LCMScheduler.step | | $f_\theta$ | 18
-samplers.boundary | diffusers.LCMScheduler.get_scalings_for_boundary_condition_discrete | | $c_\text{skip}$, $c_\text{out}$ | 18
+samplers.boundary | diffusers.LCMScheduler.get_scalings_for_boundary_condition_discrete | | $c_\text{out}$ | 18
 samplers.lcm_levels | diffusers.LCMScheduler.set_timesteps | | | 18
 pipeline.StableDiffusion | diffusers.StableDiffusionPipeline | `LatentDiffusion` | | 12
 pipeline.StableDiffusion.img2img | diffusers.StableDiffusionImg2ImgPipeline | `scripts/img2img.py` | | 12

@@ -130,7 +130,7 @@ KINDS = [  # tensors -> what the text says, what a sentence of the loader says
     ({LDM_K: (320, 2048), FIRST: (320, 9, 3, 3), "conditioner.embedders.0.transformer.text_model.x": (1,)},
      "Stable Diffusion XL (base), inpainting, in one file", "an SDXL model"),
     ({LDM_K: (384, 1280), FIRST: (384, 4, 3, 3), "conditioner.embedders.0.model.ln_final.bias": (1280,)},
-     "Stable Diffusion XL (refiner), in one file", "an SDXL model"),
+     "Stable Diffusion XL (refiner), in one file", "an SDXL refiner"),
     ({"encoder.mid.attn_1.q.weight": (512, 512, 1, 1), "decoder.conv_in.weight": (512, 4, 3, 3)},
      "VAE alone for SD 1, SD 2 or SDXL (their shapes are the same), LDM names", "a VAE alone"),
     ({"first_stage_model.encoder.mid.attn_1.q.weight": (512, 512, 1, 1)}, "VAE alone, LDM names", "a VAE alone"),
@@ -189,7 +189,7 @@ def test_kinds(tmp_path, shapes, description, recognised):
 def test_inpainting_is_not_taken_for_a_plain_model(tmp_path):
     report = inspect(write_sparse(tmp_path / "x.safetensors", together(sd15_shapes(9)), "F16"))
     assert report.description == "Stable Diffusion 1.x, inpainting, in one file, LDM names"
-    reason = "x.safetensors is a Stable Diffusion 1 for inpainting, but a whole SD 1 checkpoint is wanted"
+    reason = "x.safetensors is a Stable Diffusion 1 for inpainting, but a whole checkpoint of SD 1, SD 2 or SDXL is wanted"
     assert report.can == "" and len(report.but) == 1 and report.but[0].endswith(reason)
 
 

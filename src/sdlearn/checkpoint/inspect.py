@@ -16,7 +16,7 @@ from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
-from sdlearn.checkpoint.dialects import called, recognise, variant, why_ignored
+from sdlearn.checkpoint.dialects import TEXTS, called, recognise, variant, why_ignored
 from sdlearn.checkpoint.files import (
     WEIGHTS,
     Entry,
@@ -34,6 +34,7 @@ WHOLE = {
     "SD 1": "Stable Diffusion 1.x",
     "SD 2": "Stable Diffusion 2.x",
     "SDXL": "Stable Diffusion XL (base)",
+    "SDXL refiner": "Stable Diffusion XL (refiner)",
     "SD 3": "Stable Diffusion 3",
     "FLUX": "FLUX",
 }
@@ -107,12 +108,12 @@ def has_weights(folder: Path) -> bool:
 
 
 def judged(report: Report, whole: bool) -> Report:
-    """Add whether it can be drawn with; what is no whole SD 1 needs no closer look."""
+    """Add whether it can be drawn with; what is no whole model needs no closer look."""
     try:
         if not whole:
             raise ValueError(
-                f"{report.path} is {called(report.kind)}, but a whole SD 1 checkpoint "
-                "is wanted"
+                f"{report.path} is {called(report.kind)}, but a whole checkpoint of "
+                "SD 1, SD 2 or SDXL is wanted"
             )
         from sdlearn.checkpoint.load import plan
 
@@ -132,7 +133,7 @@ def inspect_file(path: Path, tensors: Tensors) -> Report:
     words, parts = describe(kind, entries, tensors.metadata), count(entries, kind)
     about = tensors.format, tensors.bytes, parts, tensors.metadata
     report = Report(str(path), kind, words, *about)
-    judged(report, bool(tensors.foreign) or kind == "SD 1" and not path.is_dir())
+    judged(report, bool(tensors.foreign) or kind in TEXTS and not path.is_dir())
     if any(part.name == "EMA copies" for part in parts):
         report.but.append("the EMA copies are left aside, the plain weights are used")
     return report
@@ -193,8 +194,8 @@ def describe(kind: str, entries: Mapping[str, Entry], metadata: Mapping) -> str:
         what = WHOLE[kind]
         if kind == "SD 2":
             what += f" ({clean(said or 'base or v: its tensors do not say')})"
-        elif family == "SDXL refiner":
-            what = "Stable Diffusion XL (refiner)"
+        elif "v_pred" in entries:
+            what += " (v_prediction)"
         return f"{what}{special}, in one file, LDM names"
     if word == "U-Net":
         return f"U-Net alone{of}{special}, {names}"

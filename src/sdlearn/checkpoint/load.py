@@ -1,12 +1,14 @@
-"""Checkpoints <-> models: each format of Stable Diffusion 1, strictly. Chapter 11.
-Exported from book/11_weights.ipynb by `make export`; edit it there.
+"""Checkpoints <-> models: each format of Stable Diffusion, strictly. Chapter 11.
+Exported from book/11_weights.ipynb and book/17_sdxl.ipynb
+by `make export`; edit it there.
 
 `plan` decides what we can draw with; `load` reads the numbers that it finds.
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +32,9 @@ from sdlearn.checkpoint.configs import (
 from sdlearn.checkpoint.dialects import (
     CHANNELS,
     CLIP_RULES,
+    OPEN_CLIP_RULES,
     PREFIXES,
+    TEXTS,
     VAE_RULES,
     Rules,
     averaged_name,
@@ -38,6 +42,7 @@ from sdlearn.checkpoint.dialects import (
     clip_name,
     ldm_unet_rules,
     ldm_vae_rules,
+    placed,
     recognise,
     rename,
     spell_all,
@@ -57,14 +62,15 @@ from sdlearn.checkpoint.files import (
     read_weights,
     tensor_writer,
     text_writer,
+    unfused,
 )
 from sdlearn.checkpoint.hub import find_model, model_name
 from sdlearn.clip import CLIP, CLIPTextConfig, CLIPTextEncoder
 from sdlearn.disk import read_json, write_files
-from sdlearn.prediction import EPSILON, Prediction
-from sdlearn.schedule import Schedule
-from sdlearn.tokenizer import Tokenizer
-from sdlearn.unet import UNet, UNetConfig
+from sdlearn.prediction import EPSILON, Prediction, V
+from sdlearn.schedule import Schedule, zero_terminal_snr
+from sdlearn.tokenizer import EOS, Tokenizer
+from sdlearn.unet import AddedEmbedding, UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
 
 
@@ -147,10 +153,9 @@ def fit(
     torch.channels_last. No more is in memory than the model and a bit of the file.
     """
     model, tensors, names, source = network
-    kinds = {x: dtype or getattr(torch, entry(tensors, names[x])[0]) for x in names}
+    kinds = types_of(network, dtype)
     places = sorted(model.state_dict().items(), key=lambda place: -place[1].numel())
-    need = sum(place.numel() * kinds[ours].itemsize for ours, place in places)
-    check_memory(need, device, source)
+    check_memory(memory_of(network, dtype), device, source)
     state = {}
     for ours, place in places:
         theirs = tensors[names[ours]]
@@ -185,6 +190,18 @@ def check_numbers(tensor: Tensor, converted: Tensor, what: str) -> None:
         )
 
 
+def types_of(network: Network, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """The type that each tensor will have; dtype None: that of the file."""
+    _, tensors, names, _ = network
+    return {x: dtype or getattr(torch, entry(tensors, names[x])[0]) for x in names}
+
+
+def memory_of(network: Network, dtype: torch.dtype | None) -> int:
+    """How many bytes it will take."""
+    kinds, places = types_of(network, dtype), network.model.state_dict()
+    return sum(x.numel() * kinds[name].itemsize for name, x in places.items())
+
+
 def free_memory(device: torch.device | str) -> int | None:
     """Bytes that are free there; None where nobody can tell."""
     kind = torch.device(device).type
@@ -198,11 +215,13 @@ def free_memory(device: torch.device | str) -> int | None:
 
 def check_memory(need: int, device: torch.device | str, source: str | Path) -> None:
     """Say it before the machine stands still."""
-    free = free_memory(device)
+    free, there = free_memory(device), torch.device(device).type
     if free is not None and need > free:
+        advice = "" if there == "cpu" else "add --offload, "
         raise ValueError(
             f"{source} needs {human(need)} of memory, but only {human(free)} are free: "
-            "close other programs, or take a smaller precision, such as --dtype bf16"
+            f"{advice}close other programs, or take a smaller precision, such as "
+            "--dtype bf16"
         )
 
 
@@ -211,6 +230,7 @@ MAKE: dict[str, tuple[type[nn.Module], Callable[..., Config]]] = {
     "text_encoder": (CLIPTextEncoder, text_from_json),
     "vae": (VAE, vae_from_json),
     "unet": (UNet, unet_from_json),
+    "text_encoder_2": (CLIPTextEncoder, text_from_json),
 }  # a part's name -> its class, and how its config.json is read
 
 
@@ -235,6 +255,11 @@ def refuse_foreign(tensors: Tensors) -> None:
         )
 
 
+def is_ldm(names: Iterable[str]) -> bool:
+    """Are these CompVis' names of a VAE or a U-Net?"""
+    return any(re.search(r"(^|\.)(mid|input_blocks)\.", name) for name in names)
+
+
 def prepare(part: str, config: Config, tensors: Tensors, source: Path) -> Network:
     """An empty network, and its tensors under whichever names this file has."""
     refuse_foreign(tensors)
@@ -251,8 +276,10 @@ def prepare(part: str, config: Config, tensors: Tensors, source: Path) -> Networ
         model = empty(MAKE[part][0], config)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{source} has an impossible configuration: {error}") from None
-    ldm = any(re.search(r"(^|\.)(mid|input_blocks)\.", name) for name in tensors)
-    names = spell_all(model.state_dict(), rules(config, ldm), part, tensors)
+    theirs = rules(config, is_ldm(tensors))
+    if any(".resblocks." in name for name in tensors):
+        tensors, theirs = unfused(tensors), OPEN_CLIP_RULES
+    names = spell_all(model.state_dict(), theirs, part, tensors)
     return match(model, tensors.only(lambda name: not why_ignored(name)), names, source)
 
 
@@ -305,19 +332,24 @@ def load_clip(
 class Plan(NamedTuple):
     """A whole model before its numbers are read; size: (height, width) in pixels."""
 
-    tokenizer: Tokenizer | None  # None: CLIP's own
-    networks: dict[str, Network]  # text_encoder, vae, unet
+    tokenizers: dict[str, Tokenizer | str]  # a text: CLIP's own, padded with it
+    networks: dict[str, Network]  # text_encoder, vae, unet; SDXL: text_encoder_2
     schedule: Schedule
-    prediction: Prediction
+    prediction: Prediction | None  # None: nobody says, the U-Net has to be asked
     size: tuple[int, int]
 
 
 class Sizes(NamedTuple):
     """The networks of a single file, which says nothing of them; SD 1.5's if unsaid."""
 
-    text_encoder: CLIPTextConfig = CLIPTextConfig()
+    text_encoder: CLIPTextConfig | None = CLIPTextConfig()
     vae: VAEConfig = VAEConfig()
     unet: UNetConfig = UNetConfig()
+    text_encoder_2: CLIPTextConfig | None = None
+    side: int = 512  # pixels
+
+
+SIZES = {"SD 1": Sizes()}  # by what a file is
 
 
 def plan(
@@ -339,7 +371,7 @@ def plan(
                 "without ema"
             )
         return check_fit(plan_folder(path, vae), path)
-    found = plan_file(path, ema, vae, sizes or Sizes())
+    found = plan_file(path, ema, vae, sizes)
     return found if sizes else check_fit(found, path)
 
 
@@ -348,15 +380,18 @@ def plan_folder(folder: Path, vae: str | Path | None) -> Plan:
     index = read_index(folder)
     kind = str(index.get("_class_name"))
     find_parts(folder, index)  # complains if one is missing
-    if not kind.startswith("StableDiffusion") or "XL" in kind or "3" in kind:
+    if not kind.startswith("StableDiffusion") or "3" in kind:
         raise ValueError(
-            f"{folder} is a {clean(kind)}, but a StableDiffusionPipeline (SD 1) is "
-            "wanted"
+            f"{folder} is a {clean(kind)}, but a StableDiffusionPipeline or a "
+            "StableDiffusionXLPipeline is wanted"
         )
+    xl = "XL" in kind
     height, width = sample_size(read_json(folder / "unet" / "config.json"))
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     networks = {}
     for part in MAKE:
+        if part.startswith("text_encoder") and not has_part(index, part, xl):
+            continue
         if part == "vae" and vae is not None:
             own = folder / "vae" / "config.json"
             known = vae_from_json(read_json(own)) if own.exists() else VAEConfig()
@@ -364,9 +399,20 @@ def plan_folder(folder: Path, vae: str | Path | None) -> Plan:
         else:
             networks[part] = prepare_part(folder / part, part)
     factor = 2 ** (len(networks["vae"].model.config.channels) - 1)
-    tokenizer = Tokenizer.load(folder / "tokenizer")
+    texts = [name for name in networks if name.startswith("text_encoder")]
+    names = [name.replace("text_encoder", "tokenizer") for name in texts]
+    tokenizers: dict[str, Tokenizer | str] = {}
+    tokenizers |= {name: Tokenizer.load(folder / name) for name in names}
     pixels = factor * height, factor * width
-    return Plan(tokenizer, networks, *schedule_from_json(scheduler), pixels)
+    unet = networks["unet"].model
+    zeros = xl and index.get("force_zeros_for_empty_prompt", True) is True
+    unet.config = replace(unet.config, zeros=zeros)
+    return Plan(tokenizers, networks, *schedule_from_json(scheduler), pixels)
+
+
+def has_part(index: Mapping[str, Any], part: str, xl: bool) -> bool:
+    """Is a text encoder to be expected? A refiner of SDXL lacks the first one."""
+    return index.get(part) != [None, None] and (xl or part == "text_encoder")
 
 
 def plan_vae(path: str | Path, config: VAEConfig) -> Network:
@@ -384,25 +430,30 @@ def plan_vae(path: str | Path, config: VAEConfig) -> Network:
     return prepare("vae", config, tensors, path)
 
 
-def plan_file(path: Path, ema: bool, vae: str | Path | None, sizes: Sizes) -> Plan:
-    """A Stable Diffusion 1 in one file, as CompVis' code saved it."""
+def plan_file(
+    path: Path, ema: bool, vae: str | Path | None, sizes: Sizes | None
+) -> Plan:
+    """A Stable Diffusion in one file, as its makers' code saved it."""
     tensors = read_tensors(path)
     refuse_foreign(tensors)
     kind, special = recognise(tensors), variant(tensors.entries)
-    if kind != "SD 1" or special:
+    if kind not in SIZES or special:
         what = called(kind) + (f" for {special}" if special else "")
-        raise ValueError(f"{path} is {what}, but a whole SD 1 checkpoint is wanted")
-    heads = {part: PREFIXES[part][part == "text_encoder"] for part in MAKE}
+        raise ValueError(
+            f"{path} is {what}, but a whole checkpoint of SD 1, SD 2 or SDXL is wanted"
+        )
+    heads = TEXTS[kind] | {part: PREFIXES[part][0] for part in ("vae", "unet")}
     if vae is None and not any(name.startswith(heads["vae"]) for name in tensors):
         raise ValueError(f"{path} has no VAE: name the file of one with --vae")
     for name in sorted(tensors):
         if not why_ignored(name) and not name.startswith(tuple(heads.values())):
             raise ValueError(
                 f"{path} has a tensor that no part takes, {clean(name)}: it is not a "
-                "plain SD 1 checkpoint"
+                f"plain {kind} checkpoint"
             )
-    networks = {}
-    for part, config in sizes._asdict().items():
+    networks, sizes = {}, sizes or SIZES[kind]
+    for part in heads:
+        config = getattr(sizes, part)
         if part == "vae" and vae is not None:
             networks[part] = plan_vae(vae, config)
         else:
@@ -410,7 +461,23 @@ def plan_file(path: Path, ema: bool, vae: str | Path | None, sizes: Sizes) -> Pl
             networks[part] = prepare(part, config, mine, path)
     if ema:
         networks["unet"] = averages(networks["unet"], tensors)
-    return Plan(None, networks, Schedule(), EPSILON, (512, 512))
+    old = TEXTS["SD 1"]["text_encoder"], TEXTS["SDXL"]["text_encoder"]
+    tokenizers: dict[str, Tokenizer | str] = {  # CLIP pads with its end, OpenCLIP "!"
+        part.replace("text_encoder", "tokenizer"): EOS if root in old else "!"
+        for part, root in TEXTS[kind].items()
+    }
+    betas = Schedule().betas
+    schedule = Schedule(zero_terminal_snr(betas) if "ztsnr" in tensors else betas)
+    side = sizes.side, sizes.side
+    return Plan(tokenizers, networks, schedule, said_prediction(kind, tensors), side)
+
+
+def said_prediction(kind: str, tensors: Tensors) -> Prediction | None:
+    """What the U-Net of a single file answers, as far as the file says so."""
+    said = tensors.metadata.get("modelspec.prediction_type", "").lower()
+    if "v_pred" in tensors or said in ("v", "v_prediction"):
+        return V
+    return None if kind == "SD 2" and said not in ("epsilon", "eps") else EPSILON
 
 
 def averages(unet: Network, tensors: Tensors) -> Network:
@@ -428,10 +495,8 @@ def averages(unet: Network, tensors: Tensors) -> Network:
 
 def check_fit(found: Plan, path: Path) -> Plan:
     """Do the parts speak the same widths?"""
-    text, vae, unet = (found.networks[part].model.config for part in MAKE)
-    words, positions = 49408, 77
-    if found.tokenizer is not None:
-        words, positions = len(found.tokenizer), found.tokenizer.positions
+    configs = {part: network.model.config for part, network in found.networks.items()}
+    vae, unet = configs["vae"], configs["unet"]
     channels = vae.latent_channels
     if special := CHANNELS.get(unet.in_channels):
         raise ValueError(
@@ -443,24 +508,47 @@ def check_fit(found: Plan, path: Path) -> Plan:
             f"{path}: the U-Net takes {unet.in_channels} channels and answers "
             f"{unet.out_channels}, but the VAE makes {channels}: take another model"
         )
-    if unet.context_width != text.width or words > text.vocab:
-        raise ValueError(
-            f"{path}: a tokenizer of {words} tokens, a text encoder of {text.vocab} "
-            f"and width {text.width}, and a U-Net that reads a width of "
-            f"{unet.context_width} do not fit: take all from one model"
-        )
-    if positions > text.positions:
-        raise ValueError(
-            f"{path}: the tokenizer fills {positions} positions, but the text encoder "
-            f"has {text.positions}: take both from one model"
-        )
+    try:
+        check_texts(configs | found.tokenizers)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return found
+
+
+def check_texts(parts: Mapping[str, Any]) -> None:
+    """Do tokenizers, text encoders (or their configs) and U-Net fit each other?"""
+    unet = parts["unet"]
+    texts = {name: x for name, x in parts.items() if name.startswith("text_encoder")}
+    width = sum(text.width for text in texts.values())
+    for name, text in texts.items():
+        tokenizer = parts[name.replace("text_encoder", "tokenizer")]
+        own = isinstance(tokenizer, str)  # CLIP's own
+        words, positions = (49408, 77) if own else (len(tokenizer), tokenizer.positions)
+        if unet.context_width != width or words > text.vocab:
+            raise ValueError(
+                f"a tokenizer of {words} tokens, a text encoder of {text.vocab} and "
+                f"width {text.width}, and a U-Net that reads a width of "
+                f"{unet.context_width} do not fit: take all from one model"
+            )
+        if positions > text.positions:
+            raise ValueError(
+                f"the tokenizer fills {positions} positions, but the text encoder has "
+                f"{text.positions}: take both from one model"
+            )
+    pooled = texts["text_encoder_2"].projection if "text_encoder_2" in texts else 0
+    ids, rest = divmod(unet.added - pooled, AddedEmbedding.waves)
+    if not texts or rest or (ids not in (5, 6) if unet.added else pooled):
+        raise ValueError(
+            f"there is {', '.join(texts) or 'no text encoder'}, with a pooled text of "
+            f"width {pooled}, but the U-Net reads {unet.context_width} for words and "
+            f"{unet.added} beside them: take all from one model"
+        )
 
 
 class Parts(NamedTuple):
     """What a Stable Diffusion is made of; size: (height, width) in training."""
 
-    networks: dict[str, Any]  # tokenizer, text_encoder, vae, unet
+    networks: dict[str, Any]  # tokenizer, text_encoder, vae, unet; SDXL: two of each
     schedule: Schedule
     prediction: Prediction = EPSILON
     size: tuple[int, int] = (512, 512)
@@ -489,9 +577,41 @@ def build(
     found: Plan, name: str = "", dtype: torch.dtype | None = torch.float32, *how: Any
 ) -> Parts:
     """Read the numbers of a plan. how: device and layout, as `fit` takes them."""
-    networks = {"tokenizer": found.tokenizer or Tokenizer.clip()}
-    networks |= {part: fit(found.networks[part], dtype, *how) for part in MAKE}
-    return Parts(networks, found.schedule, found.prediction, found.size, name)
+    networks: dict[str, Any] = {
+        name: Tokenizer.clip(pad=x) if isinstance(x, str) else x
+        for name, x in found.tokenizers.items()
+    }
+    types = {part: kept(x.model, dtype) for part, x in found.networks.items()}
+    need = sum(memory_of(x, types[part]) for part, x in found.networks.items())
+    check_memory(need, how[0] if how else "cpu", name or "the model")
+    for part, network in found.networks.items():
+        networks[part] = fit(network, types[part], *how)
+    prediction, size = found.prediction, found.size
+    if prediction is None:
+        prediction = asked_prediction(networks["unet"])
+        size = (768, 768) if prediction is V else size
+    return Parts(networks, found.schedule, prediction, size, name)
+
+
+def kept(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
+    """What a network computes in: a VAE that overflows in 16 bits takes 32."""
+    fragile = getattr(getattr(model, "config", None), "upcast", False)
+    return torch.float32 if fragile and dtype is torch.float16 else dtype
+
+
+@torch.no_grad()
+def asked_prediction(unet: UNet) -> Prediction:
+    """Does it answer the noise, or v? It is shown noise alone, at the last time.
+
+    Whoever predicts noise then answers what it saw; v is there minus the picture.
+    """
+    dice, config = torch.Generator().manual_seed(0), unet.config
+    weight = unet.conv_in.weight
+    noise = torch.randn(1, config.in_channels, 32, 32, generator=dice).to(weight)
+    words = torch.zeros(1, 77, config.context_width).to(weight)
+    answer = unet(noise, torch.tensor([999]), words)
+    alike = torch.cosine_similarity(answer.flatten(), noise.flatten(), dim=0)
+    return EPSILON if alike > 0.5 else V
 
 
 def named(model: Any, ldm: bool = False) -> dict[str, Tensor]:
@@ -500,7 +620,7 @@ def named(model: Any, ldm: bool = False) -> dict[str, Tensor]:
     head = PREFIXES[part][0] if ldm else "text_model." * (part == "text_encoder")
     theirs, tensors = rules(model.config, ldm), {}
     for ours, tensor in model.state_dict().items():
-        name = head + rename(ours, theirs)
+        name = placed(head, rename(ours, theirs))
         conv = ".mid.attn_1." in name and tensor.ndim == 2  # theirs is 1x1
         tensors[name] = tensor[:, :, None, None] if conv else tensor
     return tensors
@@ -529,8 +649,13 @@ def save(
             f"{path}: a single file cannot say that this model has another schedule or "
             "prediction than SD 1: save it as a folder"
         )
+    if parts.networks["unet"].config.linear:
+        raise ValueError(
+            f"{path}: single files of SD 2 and SDXL are read, but not written: save it "
+            "as a folder"
+        )
     tensors: dict[str, Tensor] = {}
-    for part in MAKE:
+    for part in ("text_encoder", "vae", "unet"):
         tensors |= named(parts.networks[part], ldm=True)
     return write_files({path: tensor_writer(tensors, dtype, suffix == ".ckpt")})
 
@@ -547,29 +672,51 @@ INDEX = {  # model_index.json: who reads which part, for diffusers
 }
 
 
+def index_of(parts: Parts) -> dict[str, Any]:
+    """The content of model_index.json."""
+    unet, texts = parts.networks["unet"].config, INDEX
+    if not unet.added:
+        return texts
+    refiner = "text_encoder" not in parts.networks
+    kind = "Img2Img" * refiner
+    absent = dict.fromkeys(("text_encoder", "tokenizer"), [None, None])
+    return {
+        **{name: x for name, x in INDEX.items() if "safety" not in name},
+        "_class_name": f"StableDiffusionXL{kind}Pipeline",
+        **(absent if refiner else {}),
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": INDEX["tokenizer"],
+        "force_zeros_for_empty_prompt": unet.zeros,
+        **({"requires_aesthetics_score": True} if refiner else {}),
+    }
+
+
 def folder_writers(
     folder: Path, parts: Parts, dtype: torch.dtype | None = None
 ) -> dict[Path, Callable[[Path], object]]:
     """All files of diffusers' layout, for `write_files`."""
-    tokenizer, text, vae, unet = (parts.networks[part] for part in ("tokenizer", *MAKE))
+    vae, unet = parts.networks["vae"], parts.networks["unet"]
     factor = 2 ** (len(vae.config.channels) - 1)
     height, width = (side // factor for side in parts.size)
     size = height if height == width else [height, width]
     schedule = schedule_to_json(parts.schedule, parts.prediction)
     contents = {
-        "text_encoder/config": text_to_json(text.config),
         "vae/config": vae_to_json(vae.config, max(parts.size)),
         "unet/config": unet_to_json(unet.config, size),
         "scheduler/scheduler_config": schedule,
-        "model_index": INDEX,
+        "model_index": index_of(parts),
     }
-    texts = tokenizer.files().items()
-    writers = {f"tokenizer/{name}": text_writer(content) for name, content in texts}
+    writers: dict[str, Callable[[Path], object]] = {}
+    for name, part in parts.networks.items():
+        if isinstance(part, Tokenizer):
+            files = part.files().items()
+            writers |= {f"{name}/{file}": text_writer(text) for file, text in files}
+            continue
+        if text := name.startswith("text_encoder"):
+            contents[f"{name}/config"] = text_to_json(part.config)
+        stem = "model" if text else "diffusion_pytorch_model"
+        writers[f"{name}/{stem}.safetensors"] = tensor_writer(named(part), dtype)
     writers |= {f"{name}.json": json_writer(x) for name, x in contents.items()}
-    for part in MAKE:
-        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-        tensors = named(parts.networks[part])
-        writers[f"{part}/{stem}.safetensors"] = tensor_writer(tensors, dtype)
     return {folder / name: write for name, write in writers.items()}
 
 
@@ -594,3 +741,35 @@ def save_clip(
         "model.safetensors": tensor_writer(tensors, dtype),
     }
     write_files({here / name: write for name, write in files.items()})
+
+
+OPEN_CLIP_H = CLIPTextConfig(width=1024, layers=23, heads=16, exact_gelu=True)
+OPEN_CLIP_G = CLIPTextConfig(
+    width=1280, layers=32, heads=20, exact_gelu=True, projection=1280
+)
+SD2_UNET = UNetConfig(heads=(5, 10, 20, 20), context_width=1024, linear=True)
+XL_VAE = VAEConfig(scale=0.13025, upcast=True)
+XL_UNET = UNetConfig(
+    channels=(320, 640, 1280),
+    attention=(False, True, True),
+    heads=(5, 10, 20),
+    depth=(1, 2, 10),
+    context_width=768 + 1280,
+    linear=True,
+    added=1280 + 6 * AddedEmbedding.waves,
+    zeros=True,
+)
+REFINER_UNET = UNetConfig(
+    channels=(384, 768, 1536, 1536),
+    attention=(False, True, True, False),
+    heads=(6, 12, 24, 24),
+    depth=(4, 4, 4, 4),
+    context_width=1280,
+    linear=True,
+    added=1280 + 5 * AddedEmbedding.waves,
+)
+SIZES |= {
+    "SD 2": Sizes(OPEN_CLIP_H, unet=SD2_UNET),
+    "SDXL": Sizes(CLIPTextConfig(), XL_VAE, XL_UNET, OPEN_CLIP_G, side=1024),
+    "SDXL refiner": Sizes(None, XL_VAE, REFINER_UNET, OPEN_CLIP_G, side=1024),
+}

@@ -1,5 +1,6 @@
 """Relatives of SD 1 with random weights, small: SD 2, SDXL and its refiner, as folders and as their makers' files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,9 +33,19 @@ SIZES = {  # as deep as the models of these names, and much narrower
 MAKE = {"vae": VAE, "unet": UNet, "text_encoder": CLIPTextEncoder, "text_encoder_2": CLIPTextEncoder}
 
 
-def family(kind: str, prediction: Prediction = EPSILON, schedule: Schedule | None = None, clip: bool = False) -> Parts:
+def shallow(sizes: Sizes) -> Sizes:
+    """Two layers where there are dozens; but SD 2's text encoder is known by the last of its 24."""
+    texts = {
+        part: x if x in (None, H) else replace(x, layers=2) for part, x in sizes._asdict().items() if "text" in part
+    }
+    unet = replace(sizes.unet, blocks=1, depth=tuple(min(depth, 2) for depth in sizes.unet.depth))
+    return sizes._replace(unet=unet, **texts)
+
+
+def family(kind: str, prediction: Prediction = EPSILON, schedule: Schedule | None = None, clip: bool = False,
+           deep: bool = True) -> Parts:  # fmt: skip
     """The parts. clip: with CLIP's own vocabulary, as a single file has it; else with a small one."""
-    dice, sizes = torch.Generator().manual_seed(1), SIZES[kind]
+    dice, sizes = torch.Generator().manual_seed(1), SIZES[kind] if deep else shallow(SIZES[kind])
     networks: dict = {}
     for part, root in TEXTS[kind].items():
         pad = "<|endoftext|>" if root.endswith("transformer.") else "!"
@@ -45,7 +56,7 @@ def family(kind: str, prediction: Prediction = EPSILON, schedule: Schedule | Non
         if config is not None:
             if not clip and part.startswith("text"):
                 words = len(networks[part.replace("text_encoder", "tokenizer")])
-                config = CLIPTextConfig(**vars(config) | {"vocab": words})
+                config = replace(config, vocab=words)
             networks[part] = fill(empty(make, config), dice, torch.float32)
     with torch.no_grad():
         networks["vae"].decoder.conv_out.weight *= 8
@@ -62,7 +73,7 @@ def open_clip(encoder: CLIPTextEncoder) -> dict[str, Tensor]:
     if "text_projection.weight" in found:
         found["text_projection"] = found.pop("text_projection.weight").T
     else:
-        found["text_projection"] = torch.zeros(8, 8)
+        found["text_projection"] = torch.zeros(encoder.config.width, 8)
         last = encoder.config.layers - 1
         more = {name.replace(f".{last}.", f".{last + 1}."): x for name, x in found.items() if f".{last}." in name}
         found |= more

@@ -189,7 +189,9 @@ def test_kinds(tmp_path, shapes, description, recognised):
 def test_inpainting_is_not_taken_for_a_plain_model(tmp_path):
     report = inspect(write_sparse(tmp_path / "x.safetensors", together(sd15_shapes(9)), "F16"))
     assert report.description == "Stable Diffusion 1.x, inpainting, in one file, LDM names"
-    reason = "x.safetensors is a Stable Diffusion 1 for inpainting, but a whole checkpoint of SD 1, SD 2 or SDXL is wanted"
+    reason = (
+        "x.safetensors is a Stable Diffusion 1 for inpainting, but a whole checkpoint of SD 1, SD 2 or SDXL is wanted"
+    )
     assert report.can == "" and len(report.but) == 1 and report.but[0].endswith(reason)
 
 

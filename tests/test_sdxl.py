@@ -1,163 +1,381 @@
-"""SD 2, SDXL and its refiner: as deep as they are, an eighth as wide or less, beside diffusers and transformers."""
+"""SD 2, SDXL and its refiner: files, what they are told, what is refused. tests/parity compares them with diffusers."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from family import SIZES, family, save_family, save_single
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from family import SIZES, family, save_single, shallow
+from random_model import random_parts
+from safetensors.torch import save_file
+from torch import nn
 
 from sdlearn.checkpoint import load as loading
-from sdlearn.checkpoint.configs import text_to_json, unet_to_json
-from sdlearn.checkpoint.load import build, empty, plan, rules
-from sdlearn.checkpoint.dialects import rename
+from sdlearn.checkpoint.configs import unet_from_json, unet_to_json
+from sdlearn.checkpoint.dialects import why_ignored
+from sdlearn.checkpoint.files import read_tensors
+from sdlearn.checkpoint.inspect import inspect
+from sdlearn.checkpoint.load import asked_prediction, build, empty, kept, load, plan, save
 from sdlearn.clip import CLIPTextEncoder
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.prediction import EPSILON, V
 from sdlearn.request import Request
-from sdlearn.schedule import Schedule, scaled_linear, zero_terminal_snr
+from sdlearn.schedule import Schedule, zero_terminal_snr
 from sdlearn.sdxl import MicroConditioning, PartOfTheWay
-from sdlearn.unet import UNet
+from sdlearn.unet import UNet, UNetConfig
 
 KINDS = list(SIZES)
-PROMPT = "a fox to the left of a green umbrella"
-PIPELINES = {"SD 2": StableDiffusionPipeline, "SDXL": StableDiffusionXLPipeline,
-             "SDXL refiner": StableDiffusionXLImg2ImgPipeline}  # fmt: skip
+COUNTS = {
+    "SD 2": {"unet": (865_910_724, 686), "text_encoder": (340_387_840, 372)},
+    "SDXL": {"unet": (2_567_463_684, 1680), "text_encoder_2": (694_659_840, 517)},
+    "SDXL refiner": {"unet": (2_259_526_660, 1220), "text_encoder_2": (694_659_840, 517)},
+}
+FEW = {"steps": 2, "cfg_scale": 3.0, "sampler": "ddim", "seed": 0}
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def both(request, tmp_path_factory):
-    """A kind, and the same folder read by sdlearn and by diffusers."""
-    folder = tmp_path_factory.mktemp("model")
-    save_family(folder, request.param)
-    return request.param, StableDiffusion.load(folder, "cpu", torch.float32), theirs_of(request.param, folder)
+@pytest.fixture(scope="module")
+def models():
+    return {kind: StableDiffusion(*family(kind, deep=False), "cpu", torch.float32) for kind in KINDS}
 
 
-def theirs_of(kind, folder):
-    pipe = PIPELINES[kind].from_pretrained(folder, dtype=torch.float32, **({"add_watermarker": False} if "XL" in kind else {}))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Each kind as its makers' file, and its parts."""
+    folder = tmp_path_factory.mktemp("files")
+    made = {kind: family(kind, clip=True, deep=False) for kind in KINDS}
+    return {kind: (save_single(folder / f"{kind}.safetensors", parts, kind), parts) for kind, parts in made.items()}
 
 
-def far(a, b):
-    return np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).max()
-
-
-# --- the real sizes, without numbers
-COUNTS = {"SD 2": {"unet": (865_910_724, 686), "text_encoder": (340_387_840, 372)},
-          "SDXL": {"unet": (2_567_463_684, 1680), "text_encoder_2": (694_659_840, 517)},
-          "SDXL refiner": {"unet": (2_259_526_660, 1220), "text_encoder_2": (694_659_840, 517)}}  # fmt: skip
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_names_shapes_and_counts_of_the_real_sizes(kind):
-    sizes = loading.SIZES[kind]
-    with torch.device("meta"):
-        theirs = {"unet": UNet2DConditionModel.from_config(unet_to_json(sizes.unet, 128))}
-        for part, make in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
-            if config := getattr(sizes, part):
-                theirs[part] = make(make.config_class(**text_to_json(config)))
-    for part, reference in theirs.items():
-        config = getattr(sizes, part)
-        model = empty(UNet if part == "unet" else CLIPTextEncoder, config)
-        names = {rename(name, rules(config)): tuple(x.shape) for name, x in model.state_dict().items()}
-        found = {name.removeprefix("text_model."): tuple(x.shape) for name, x in reference.state_dict().items()}
-        assert names == found
-        numbers = sum(p.numel() for p in model.parameters())
-        wanted = COUNTS[kind].get(part)
-        if wanted:
-            assert (numbers, len(names)) == wanted
+def test_counts_of_the_real_sizes(kind):
+    for part, wanted in COUNTS[kind].items():
+        make = UNet if part == "unet" else CLIPTextEncoder
+        state = empty(make, getattr(loading.SIZES[kind], part)).state_dict()
+        assert (sum(x.numel() for x in state.values()), len(state)) == wanted
 
 
-# --- beside diffusers
-@torch.no_grad()
-def test_every_hidden_state_and_the_pooled_text(both):
-    kind, ours, theirs = both
-    for part in [name for name in ours.networks() if name.startswith("text_encoder")]:
-        tokenizer = ours.parts[part.replace("text_encoder", "tokenizer")]
-        reference = getattr(theirs, part.replace("text_encoder", "tokenizer"))
-        tokens = tokenizer([PROMPT, ""])
-        assert torch.equal(tokens, torch.tensor(reference([PROMPT, ""], padding="max_length").input_ids))
-        answer = getattr(theirs, part)(tokens, output_hidden_states=True)
-        states = ours.parts[part].hidden_states(tokens)
-        assert len(states) == len(answer.hidden_states) > 12
-        assert max(far(a, b) for a, b in zip(states, answer.hidden_states, strict=True)) <= 1e-4
-    found = ours.encode([PROMPT, ""])
-    if kind == "SD 2":
-        assert found.keys() == {"context"} and far(found["context"], answer.last_hidden_state) <= 1e-4
-        return
-    context, _, pooled, _ = theirs.encode_prompt([PROMPT, ""], do_classifier_free_guidance=False)
-    assert found["context"].std() > 0.1 and far(found["context"], context) <= 1e-4
-    assert far(found["pooled"], pooled) <= 1e-4
-    skipped = ours.encode([PROMPT, ""], clip_skip=3)["context"]
-    wanted = theirs.encode_prompt([PROMPT, ""], do_classifier_free_guidance=False, clip_skip=3)[0]
-    assert far(skipped, wanted) <= 1e-4 and far(skipped, context) > 1e-2
+# --- files
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_is_read_back(tmp_path, kind):
+    parts = family(kind, deep=False)
+    save(tmp_path, parts, torch.float32)
+    loaded = load(tmp_path)
+    assert loaded.networks.keys() == parts.networks.keys()
+    for name, part in parts.networks.items():
+        if isinstance(part, nn.Module):
+            assert same(loaded.networks[name], part) and loaded.networks[name].config == part.config
+        else:
+            assert loaded.networks[name].pad == part.pad and loaded.networks[name].vocab == part.vocab
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert ("XL" in index["_class_name"]) == (kind != "SD 2") and ("Img2Img" in index["_class_name"]) == ("ref" in kind)
+    assert index["text_encoder"][0] == (None if "refiner" in kind else "transformers")
+    report = inspect(tmp_path)
+    assert report.can.startswith("sdlearn txt2img") and not report.but
 
 
-@torch.no_grad()
-def test_the_answer_of_the_unet_at_several_times(both):
-    kind, ours, theirs = both
-    dice, t = torch.Generator().manual_seed(0), torch.tensor([999, 500, 1])
-    latents = torch.randn(3, 4, 9, 12, generator=dice)  # no multiples of 4
-    told = ours.encode([PROMPT, "a cat", ""])
-    more = {}
-    if kind != "SD 2":
-        ids = torch.tensor([[512.0, 768, 0, 64, 1024, 1000], [64, 64, 0, 0, 64, 64], [1, 2, 3, 4, 5, 6]])
-        ids = ids[:, : 5 if ours.is_refiner() else 6]
-        told["ids"], more = ids, {"added_cond_kwargs": {"text_embeds": told["pooled"], "time_ids": ids}}
-    answer = theirs.unet(latents, t, told["context"], **more).sample
-    assert answer.std() > 0.1 and far(ours.unet(latents, t, **told), answer) <= 1e-4
-    if kind != "SD 2":
-        told["ids"] = ids.flip(1)
-        assert far(ours.unet(latents, t, **told), answer) > 1e-3
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_file_is_read(files, kind):
+    path, parts = files[kind]
+    loaded = build(plan(path, sizes=shallow(SIZES[kind])), dtype=None)
+    assert loaded.networks.keys() == parts.networks.keys()
+    for name, part in parts.networks.items():
+        if isinstance(part, nn.Module):
+            assert same(loaded.networks[name], part)
+        else:
+            assert loaded.networks[name]("a cat").tolist() == part("a cat").tolist()
 
 
-def draw_theirs(pipe, latents, prompt=PROMPT, negative=None, **how):
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    how |= {"num_inference_steps": 4, "guidance_scale": 5.0} | how
-    how |= {} if latents is None else {"latents": latents, "height": 64, "width": 64}
-    return np.asarray(pipe(prompt, negative_prompt=negative, **how).images[0])
+def test_padding_differs(models):
+    pads = {(kind, name): part.pad for kind, sd in models.items() for name, part in sd.parts.items() if "tok" in name}
+    ends = {key for key, pad in pads.items() if pad != 0}
+    assert ends == {("SDXL", "tokenizer")} and len(pads) == 4
 
 
-@pytest.fixture
-def latents():
-    return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+def test_what_a_file_says_of_its_answers(tmp_path, files):
+    sizes = shallow(SIZES["SD 2"])
+    for said, prediction in (("v", V), ("epsilon", EPSILON), (None, None)):
+        about = {"modelspec.prediction_type": said} if said else None
+        path = save_single(tmp_path / "x.safetensors", files["SD 2"][1], "SD 2", about)
+        assert plan(path, sizes=sizes).prediction is prediction
+        assert f"({said or 'base or v: its tensors do not say'})" in inspect(path).description
+    path = save_single(
+        tmp_path / "x.safetensors", files["SDXL"][1], "SDXL", v_pred=torch.zeros(0), ztsnr=torch.zeros(0)
+    )
+    found = plan(path, sizes=shallow(SIZES["SDXL"]))
+    assert found.prediction is V and torch.equal(found.schedule.betas, zero_terminal_snr(Schedule().betas))
+    assert "v_prediction" in inspect(path).description
+    assert plan(files["SDXL"][0], sizes=shallow(SIZES["SDXL"])).prediction is EPSILON
 
 
-@pytest.mark.parametrize("negative", ["", "blurry"])
-def test_the_same_picture(both, latents, negative):
-    kind, ours, theirs = both
-    how = {"negative_prompt": negative, "steps": 4, "cfg_scale": 5.0, "sampler": "ddim"}
-    if kind == "SDXL refiner":
-        start = ours.decode(latents)[0]
-        mine = ours.img2img(PROMPT, start, strength=0.5, seed=3, **how)[0]
-        image = torch.from_numpy(np.asarray(start)).permute(2, 0, 1)[None] / 255
-        other = draw_theirs(theirs, None, negative=negative or None, image=image, strength=0.5,
-                            generator=torch.Generator().manual_seed(3))  # fmt: skip
-    else:
-        mine = ours.txt2img(PROMPT, latents=latents, **how)[0]
-        other = draw_theirs(theirs, latents, negative=negative or None)
-    assert np.asarray(mine).std() > 5 and far(mine, other) <= 1
+class Answering(nn.Module):
+    """A U-Net of known answers: to noise with a bit of a picture."""
+
+    def __init__(self, prediction):
+        super().__init__()
+        self.config, self.conv_in, self.prediction = SIZES["SD 2"].unet, nn.Conv2d(4, 8, 3), prediction
+
+    def forward(self, xt, t, context):
+        level = Schedule().at(float(t))
+        x0 = 0.3 * torch.ones_like(xt)
+        eps = (xt - level.alpha * x0) / level.sigma
+        return self.prediction.target(x0, eps, level)
 
 
-def test_an_empty_negative_prompt_is_zeros_where_the_unet_was_trained_so(both):
-    kind, ours, _ = both
-    request = Request(["a cat", "a dog"], negative_prompt=["", "blurry"], n=2, seed=0,
-                      latents=torch.zeros(4, 4, 8, 8))  # fmt: skip
-    cond, uncond = ours.told(request)
-    empty_rows = [not x.any() for x in uncond["context"]]
-    assert empty_rows == ([True, True, False, False] if kind == "SDXL" else [False] * 4)
-    assert cond["context"].any(dim=-1).all()
-    if kind != "SD 2":
-        assert [not x.any() for x in uncond["pooled"]] == empty_rows
-    without = ours.told(replace(request, cfg_scale=1.0))
-    assert without[1] is None and without[0].keys() == cond.keys()
+def test_the_unet_is_asked_whether_it_answers_noise_or_v(tiny_unet):
+    assert asked_prediction(tiny_unet) is EPSILON
+    for prediction in (EPSILON, V):
+        assert asked_prediction(Answering(prediction)) is prediction
+
+
+@pytest.fixture(scope="module")
+def tiny_unet():
+    from repository import ROOT
+
+    return loading.load_unet(ROOT / "checkpoints" / "tiny")
+
+
+def test_a_single_file_of_sd_2_takes_the_size_of_its_answers(files, monkeypatch):
+    path, _ = files["SD 2"]
+    for prediction, side in ((V, 768), (EPSILON, 512)):
+        monkeypatch.setattr(loading, "asked_prediction", lambda unet, found=prediction: found)
+        loaded = build(plan(path, sizes=shallow(SIZES["SD 2"])))
+        assert loaded.prediction is prediction and loaded.size == (side, side)
+
+
+def test_what_is_left_aside():
+    for name in ("cond_stage_model.model.logit_scale", "cond_stage_model.model.text_projection", "denoiser.sigmas",
+                 "cond_stage_model.model.transformer.resblocks.23.mlp.c_fc.weight", "v_pred", "ztsnr",
+                 "conditioner.embedders.1.model.logit_scale", "conditioner.embedders.0.logit_scale"):  # fmt: skip
+        assert why_ignored(name), name
+    for name in ("conditioner.embedders.1.model.text_projection", "my_v_pred",
+                 "cond_stage_model.model.transformer.resblocks.22.mlp.c_fc.weight"):  # fmt: skip
+        assert why_ignored(name) is None, name
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"conditioner.embedders.1.model.ln_final.bias": None}, "lacks the tensor conditioner.embedders.1.model.ln_f"),
+    ({"conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight": None}, "attn.q_proj.weight"),
+    ({"conditioner.embedders.1.model.more": (3,)}, "no part of the model takes, conditioner.embedders.1.model.more"),
+    ({"surprise": (3,)}, "no part takes, surprise: it is not a plain SDXL checkpoint"),
+    ({"conditioner.embedders.1.model.text_projection": (40, 8)}, r"\(8, 40\) of float32, but .* \(40, 40\)"),
+    ({"model.diffusion_model.label_emb.0.0.weight": None}, "lacks the tensor model.diffusion_model.label_emb.0.0.weig"),
+    ({"model.diffusion_model.input_blocks.0.0.weight": (16, 9, 3, 3)}, "is an SDXL model for inpainting, but a whole"),
+    ({"model.diffusion_model.time_embed.cond_proj.weight": (8, 8)}, "is an SDXL model for latent consistency"),
+])  # fmt: skip
+def test_single_files_are_strict(tmp_path, files, change, sentence):
+    tensors = dict(read_tensors(files["SDXL"][0]))
+    for name, shape in change.items():
+        tensors.pop(name, None)
+        tensors |= {name: torch.zeros(shape)} if shape else {}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=sentence):
+        plan(tmp_path / "x.safetensors", sizes=shallow(SIZES["SDXL"]))
+
+
+def test_single_files_are_not_written(tmp_path, models):
+    for sd in models.values():
+        with pytest.raises(ValueError, match="single files of SD 2 and SDXL are read, but not written"):
+            sd.save(tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"addition_embed_type": "text"}, "addition_embed_type is 'text', but sdlearn knows only 'text_time'"),
+    ({"addition_time_embed_dim": 128}, "knows only 'text_time' with 256 waves an id"),
+    ({"projection_class_embeddings_input_dim": None}, "projection_class_embeddings_input_dim is None"),
+    ({"transformer_layers_per_block": [1, 2]}, "transformer_layers_per_block has 2 entries, but block_out_channels"),
+    ({"transformer_layers_per_block": [1, [2, 2], 10]}, "transformer_layers_per_block is .*, but a list of whole"),
+    ({"reverse_transformer_layers_per_block": [1, 2, 3]}, "reverse_transformer_layers_per_block is"),
+    ({"use_linear_projection": "yes"}, "use_linear_projection is 'yes', but true or false"),
+])  # fmt: skip
+def test_configurations_that_cannot_be_honoured(change, sentence):
+    content = unet_to_json(SIZES["SDXL"].unet, 128)
+    assert unet_from_json(content) == replace(SIZES["SDXL"].unet, zeros=False)  # which stands in model_index.json
+    with pytest.raises(ValueError, match=f"^unet config: .*{sentence}"):
+        unet_from_json(content | change)
+
+
+def test_a_folder_lacks_a_text_encoder(tmp_path):
+    save(tmp_path, family("SDXL", deep=False), torch.float32)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    for absent, sentence in (("text_encoder", "there is text_encoder_2, with a pooled text of width 40, but the U-Net"),
+    for absent, sentence in (("text_encoder", "there is text_encoder_2, with a pooled text of width 40, but the"),
+        (tmp_path / "model_index.json").write_text(json.dumps(index | {absent: [None, None]}))
+        with pytest.raises(ValueError, match=sentence):
+            load(tmp_path)
+    index["force_zeros_for_empty_prompt"] = False
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert load(tmp_path).networks["unet"].config.zeros is False
+
+
+def test_a_vae_that_overflows_stays_in_32_bits(tmp_path):
+    save(tmp_path, family("SDXL", deep=False), torch.float16)
+    sd = StableDiffusion.load(tmp_path, "cpu", torch.float16)
+    assert {name: next(part.parameters()).dtype for name, part in sd.networks().items()} == {
+        "text_encoder": torch.float16, "text_encoder_2": torch.float16, "unet": torch.float16, "vae": torch.float32,
+    }  # fmt: skip
+    assert np.asarray(sd.decode(torch.randn(1, 4, 8, 8))[0]).std() > 5
+    assert sd.encode_image(torch.zeros(1, 3, 64, 64), [torch.Generator()]).isfinite().all()
+    assert kept(sd.vae, torch.bfloat16) is torch.bfloat16 and kept(sd.unet, torch.float16) is torch.float16
+
+
+def test_all_parts_count_before_the_first_is_read(files, monkeypatch):
+    path, parts = files["SDXL"]
+    found = plan(path, sizes=shallow(SIZES["SDXL"]))
+    need = sum(x.nbytes for part in parts.networks.values() if isinstance(part, nn.Module) for x in part.parameters())
+    for device, advice in (("cpu", "are free: close other"), ("cuda", "are free: add --offload, close other")):
+        monkeypatch.setattr(loading, "free_memory", lambda device: need - 1)
+        with pytest.raises(ValueError, match=advice):
+            build(found, "x", torch.float32, device)
+
+
+# --- what it is told
+def test_an_empty_negative_prompt_is_zeros_where_the_unet_was_trained_so(models):
+    told = {"negative_prompt": ["", "blurry"], "n": 2, "seed": 0, "latents": torch.zeros(4, 4, 8, 8)}
+    for kind, sd in models.items():
+        cond, uncond = sd.told(Request(["a cat", "a dog"], **told))
+        empty_rows = [not x.any() for x in uncond["context"]]
+        assert empty_rows == ([True, True, False, False] if kind == "SDXL" else [False] * 4)
+        assert cond["context"].any(dim=-1).all()
+        if kind != "SD 2":
+            assert [not x.any() for x in uncond["pooled"]] == empty_rows
+        without = sd.told(Request(["a cat", "a dog"], cfg_scale=1, **told))
+        assert without[1] is None and without[0].keys() == cond.keys()
+
+
+def test_the_ids(models):
+    request = Request("a cat", width=80, height=64, seed=0)
+    cond, uncond = models["SDXL"].told(request)
+    assert cond["ids"].tolist() == uncond["ids"].tolist() == [[64, 80, 0, 0, 64, 80]]
+    refiner = models["SDXL refiner"]
+    cond, uncond = refiner.told(replace(request, latents=torch.zeros(1, 4, 8, 10)))
+    assert cond["ids"].tolist() == [[64, 80, 0, 0, 6]] and uncond["ids"].tolist() == [[64, 80, 0, 0, 2.5]]
+    extra = MicroConditioning((512, 768), (0, 64), (100, 200))
+    setup = models["SDXL"].set_up(replace(request, extras=[extra], cfg_scale=1.0))
+    assert setup.told[0]["ids"].tolist() == [[512, 768, 0, 64, 100, 200]] and setup.told[1] is None
+    assert extra.said() == {"Original size": "768x512", "Crop top left": "0,64"}
+    assert set(MicroConditioning().said().values()) == {None}
+
+
+def test_ids_and_pooled_change_the_answer(models):
+    sd = models["SDXL"]
+    told, dice = sd.told(Request("a cat", seed=0))[0], torch.Generator().manual_seed(0)
+    xt = torch.randn(1, 4, 8, 8, generator=dice)
+    with torch.no_grad():
+        answer = sd.unet(xt, 500, **told)
+        for i in range(6):
+            ids = told["ids"].clone()
+            ids[0, i] += 32
+            assert (sd.unet(xt, 500, **told | {"ids": ids}) - answer).abs().max() > 1e-4, i
+        assert (sd.unet(xt, 500, **told | {"pooled": -told["pooled"]}) - answer).abs().max() > 1e-3
+
+
+def test_what_the_unet_refuses(models):
+    sd = models["SDXL"]
+    told, xt = sd.told(Request("a cat", seed=0))[0], torch.zeros(1, 4, 8, 8)
+    wrong = {"ids": told["ids"][:, :5], "pooled": told["pooled"][:, :8]}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=r"this U-Net reads 1576 = pooled \+ 256 x ids"):
+            sd.unet(xt, 1, **told | {name: value})
+    with pytest.raises(ValueError, match="pooled is 0 wide and there are 0 ids"):
+        sd.unet(xt, 1, told["context"])
+    with pytest.raises(ValueError, match="but this U-Net reads 0 = pooled"):
+        models["SD 2"].unet(xt, 1, torch.zeros(1, 77, 32), pooled=told["pooled"], ids=told["ids"])
+    with pytest.raises(ValueError, match=r"channels, attention, heads, depth have \(2, 2, 2, 3\) entries"):
+        UNetConfig((32, 64), (True, True), (1, 1), depth=(1, 1, 1))
+
+
+def test_parts_that_do_not_fit(models):
+    xl, plain = models["SDXL"], StableDiffusion(*random_parts()[0], "cpu")
+    for parts, sentence in (
+        ({k: x for k, x in xl.parts.items() if k != "text_encoder_2"}, "there is text_encoder, with a pooled text of"),
+        ({k: x for k, x in xl.parts.items() if k != "text_encoder"}, "there is text_encoder_2, with a pooled text of"),
+        (xl.parts | {"unet": models["SDXL refiner"].unet}, "there is text_encoder, text_encoder_2, with a pooled"),
+        (xl.parts | {"unet": plain.unet}, "do not fit: take all"),
+        ({k: x for k, x in plain.parts.items() if k != "text_encoder"}, "there is no text encoder, with a pooled"),
+        (models["SDXL refiner"].parts | {"unet": UNet(UNetConfig((16,), (True,), (1,), context_width=40, groups=8))},
+         "there is text_encoder_2, with a pooled text of width 40, but the U-Net reads 40 for words and 0"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            StableDiffusion(parts, Schedule(), device="cpu")
+
+
+def test_clip_skip(models):
+    sd = models["SDXL"]
+    assert not torch.equal(sd.encode(["a cat"], 1)["context"], sd.encode(["a cat"])["context"])
+    assert torch.equal(sd.encode(["a cat"], 1)["pooled"], sd.encode(["a cat"])["pooled"])
+    with pytest.raises(ValueError, match="skip is 2: choose 0 to 1, the number of layers to leave out beside the last"):
+        sd.encode(["a cat"], 2)
+
+
+# --- base and refiner
+def test_a_refiner_begins_nothing(models):
+    with pytest.raises(ValueError, match="this model is a refiner, which goes on with what another has begun"):
+        models["SDXL refiner"].txt2img("a cat", **FEW)
+    picture = models["SDXL"].txt2img("a cat", **FEW)[0]
+    assert np.asarray(models["SDXL refiner"].img2img("a cat", picture, **FEW)[0]).std() > 5
+
+
+@pytest.mark.parametrize("at", [0.1, 0.5, 0.75, 0.99])
+def test_two_parts_of_the_way_are_the_whole(models, at):
+    """With one model in both parts there is no seam, since no noise is added in between."""
+    sd, how = models["SDXL"], FEW | {"steps": 20, "cfg_scale": 1.0}
+    whole = sd.txt2img("a cat", **how)[0]
+    *_, end = sd.steps("a cat", extras=[PartOfTheWay(end=at)], **how)
+    *_, rest = sd.steps("a cat", latents=end.latents, extras=[PartOfTheWay(begin=at)], **how)
+    assert end.total + rest.total == 20 and np.array_equal(np.asarray(whole), np.asarray(rest.images()[0]))
+
+
+@pytest.mark.parametrize("make, sentence", [
+    (lambda: PartOfTheWay(0.5, 0.5), "a part of the way from 0.5 to 0.5 has no length; begin before the end"),
+    (lambda: PartOfTheWay(end=1.5), "end is 1.5; give a number from 0 to 1"),
+    (lambda: PartOfTheWay(begin="x"), "begin is 'x'; give a number from 0 to 1"),
+    (lambda: PartOfTheWay(begin=float("nan")), "begin is nan; give a number from 0 to 1"),
+    (lambda: MicroConditioning(original=512), "original is 512; give two whole numbers from 1 to 65536, the vertical"),
+    (lambda: MicroConditioning(original=(0, 1)), r"original is \(0, 1\); give two whole numbers from 1"),
+    (lambda: MicroConditioning(crop=(-1, 0)), r"crop is \(-1, 0\); give two whole numbers from 0"),
+    (lambda: MicroConditioning(crop=(1.5, 0)), r"crop is \(1.5, 0\); give two whole numbers"),
+    (lambda: MicroConditioning(crop=(1, 2, 3)), r"crop is \(1, 2, 3\); give two whole numbers"),
+    (lambda: MicroConditioning(target="1024x1024"), "target is '1024x1024'; give two whole numbers"),
+    (lambda: MicroConditioning(score=11), "score is 11; give a number from 0 to 10"),
+    (lambda: MicroConditioning(negative_score=None), "negative_score is None; give a number from 0 to 10"),
+])  # fmt: skip
+def test_settings_that_cannot_be_meant(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+def test_extras_that_do_not_fit(models):
+    sd = models["SDXL"]
+    for extra, sentence in (
+        (PartOfTheWay(begin=0.5), "begins at 0.5, but there are no latents to go on with; give those that another"),
+        (PartOfTheWay(end=0.001), "none of the 2 steps lies between 0.0 and 0.001 of the way; take more steps"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            sd.txt2img("a cat", extras=[extra], **FEW)
+    with pytest.raises(ValueError, match="this model is told no sizes; leave MicroConditioning out"):
+        models["SD 2"].txt2img("a cat", extras=[MicroConditioning()], **FEW)
+
+
+@pytest.mark.parametrize("kind", ["SD 2", "SDXL"])
+def test_batches_passes_and_offload_draw_the_same(models, kind):
+    sd = models[kind]
+    both = sd.txt2img(["a cat", "a dog"], negative_prompt=["", "x"], **FEW)
+    alone = [
+        sd.txt2img(p, negative_prompt=x, **FEW | {"seed": i})[0]
+        for i, (p, x) in enumerate([("a cat", ""), ("a dog", "x")])
+    ]
+    twice = sd.txt2img(["a cat", "a dog"], negative_prompt=["", "x"], two_passes=True, **FEW)
+    moved = StableDiffusion(sd.parts, sd.schedule, sd.prediction, sd.size, "", "cpu", torch.float32, offload=True)
+    others = [alone, twice, moved.txt2img(["a cat", "a dog"], negative_prompt=["", "x"], **FEW)]
+    for pictures in others:
+        for a, b in zip(both, pictures, strict=True):
+            assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
+    assert not np.array_equal(np.asarray(both[0]), np.asarray(both[1]))

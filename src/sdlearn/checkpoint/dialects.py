@@ -99,6 +99,7 @@ def ldm_unet_rules(blocks: int, attention: Sequence[bool]) -> Rules:
         twice(r"^middle\.resnets\.(\d)", "middle_block", 0),
         (r"^middle\.attention", "middle_block.1"),
         twice(r"^time_embedding\.linear_(\d)", "time_embed", 1),
+        twice(r"^add_embedding\.linear_(\d)", "label_emb.0", 1),
         (r"^conv_in", "input_blocks.0.0"),
         (r"^conv_norm_out", "out.0"),
         (r"^conv_out", "out.2"),

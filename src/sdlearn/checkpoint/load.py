@@ -524,7 +524,7 @@ def check_texts(parts: Mapping[str, Any]) -> None:
         tokenizer = parts[name.replace("text_encoder", "tokenizer")]
         own = isinstance(tokenizer, str)  # CLIP's own
         words, positions = (49408, 77) if own else (len(tokenizer), tokenizer.positions)
-        if unet.context_width != width or words > text.vocab:
+        if unet.context_width != width and not unet.added or words > text.vocab:
             raise ValueError(
                 f"a tokenizer of {words} tokens, a text encoder of {text.vocab} and "
                 f"width {text.width}, and a U-Net that reads a width of "
@@ -537,7 +537,8 @@ def check_texts(parts: Mapping[str, Any]) -> None:
             )
     pooled = texts["text_encoder_2"].projection if "text_encoder_2" in texts else 0
     ids, rest = divmod(unet.added - pooled, AddedEmbedding.waves)
-    if not texts or rest or (ids not in (5, 6) if unet.added else pooled):
+    beside = not rest and ids in (5, 6) if unet.added else not pooled
+    if not texts or unet.context_width != width or not beside:
         raise ValueError(
             f"there is {', '.join(texts) or 'no text encoder'}, with a pooled text of "
             f"width {pooled}, but the U-Net reads {unet.context_width} for words and "

@@ -205,8 +205,8 @@ def test_configurations_that_cannot_be_honoured(change, sentence):
 def test_a_folder_lacks_a_text_encoder(tmp_path):
     save(tmp_path, family("SDXL", deep=False), torch.float32)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    for absent, sentence in (("text_encoder", "there is text_encoder_2, with a pooled text of width 40, but the U-Net"),
     for absent, sentence in (("text_encoder", "there is text_encoder_2, with a pooled text of width 40, but the"),
+                             ("text_encoder_2", "there is text_encoder, with a pooled text of width 0")):  # fmt: skip
         (tmp_path / "model_index.json").write_text(json.dumps(index | {absent: [None, None]}))
         with pytest.raises(ValueError, match=sentence):
             load(tmp_path)

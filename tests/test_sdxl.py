@@ -3,11 +3,13 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from family import SIZES, family, save_single, shallow
+from PIL import Image
 from random_model import random_parts
 from safetensors.torch import save_file
 from torch import nn
@@ -18,7 +20,9 @@ from sdlearn.checkpoint.dialects import why_ignored
 from sdlearn.checkpoint.files import read_tensors
 from sdlearn.checkpoint.inspect import inspect
 from sdlearn.checkpoint.load import asked_prediction, build, empty, kept, load, plan, save
+from sdlearn.cli import main
 from sdlearn.clip import CLIPTextEncoder
+from sdlearn.pictures import read_parameters
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.prediction import EPSILON, V
 from sdlearn.request import Request
@@ -379,3 +383,54 @@ def test_batches_passes_and_offload_draw_the_same(models, kind):
         for a, b in zip(both, pictures, strict=True):
             assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
     assert not np.array_equal(np.asarray(both[0]), np.asarray(both[1]))
+
+
+# --- the command line
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A base, its refiner, and a model of another family."""
+    here = tmp_path_factory.mktemp("folders")
+    for kind, name in (("SDXL", "base"), ("SDXL refiner", "refiner"), ("SD 2", "sd2")):
+        save(here / name, family(kind, deep=False), torch.float32)
+    return here
+
+
+def run(folder, *words, model="base"):
+    few = ["--steps", "10", "--cfg-scale", "2", "--sampler", "ddim", "--seed", "0", "--device", "cpu"]
+    return main(["txt2img", "a cat", "--model", str(folder / model), *few, *words])
+
+
+def test_drawing_with_sdxl(folders, tmp_path, capsys):
+    said = {}
+    for name, words in {
+        "plain": [],
+        "told": ["--crop", "0", "64", "--original-size", "512", "768"],
+        "refined": ["--refiner", str(folders / "refiner")],
+    }.items():
+        path = tmp_path / f"{name}.png"
+        assert run(folders, "-o", str(path), *words) == 0, capsys.readouterr().err
+        said[name] = read_parameters(path), np.asarray(Image.open(path))
+    assert said["told"][0]["Crop top left"] == "0,64" and said["told"][0]["Original size"] == "768x512"
+    assert said["refined"][0]["Refiner switch at"] == "0.8" and said["refined"][0]["Model"] == "base and refiner"
+    assert len({pixels.tobytes() for _, pixels in said.values()}) == 3
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--refiner", "nowhere"], "there is no model at nowhere"),
+    (["--refiner", "sd2"], "sd2 has other latents than base: give a model of the same family to go on with them"),
+    (["--refiner", "refiner", "--refine-at", "1.5"], "end is 1.5; give a number from 0 to 1"),
+    (["--refiner", "refiner", "--refine-at", "0"], "a part of the way from 0.0 to 0.0 has no length"),
+    (["--crop", "-1", "0"], "crop is (-1, 0); give two whole numbers from 0"),
+    (["--original-size", "0", "5"], "original is (0, 5); give two whole numbers from 1"),
+    (["--width", "100"], "width is 100; give a multiple of 8"),
+])  # fmt: skip
+def test_wrong_words(folders, tmp_path, capsys, monkeypatch, words, sentence):
+    monkeypatch.chdir(folders)
+    assert run(Path(), "-o", str(tmp_path / "x.png"), *words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert sentence in error and not (tmp_path / "x.png").exists()
+
+
+def test_a_refiner_as_a_base(folders, tmp_path, capsys):
+    assert run(folders, "-o", str(tmp_path / "x.png"), model="refiner") == 2
+    assert "this model is a refiner, which goes on with what another has begun" in capsys.readouterr().err

@@ -17,6 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -27,7 +28,7 @@ from sdlearn.disk import explained, reserve
 if TYPE_CHECKING:  # torch takes seconds to import: `--help` should not wait for it
     from PIL.Image import Image
 
-    from sdlearn.pipeline import StableDiffusion
+    from sdlearn.pipeline import Drawing, StableDiffusion
     from sdlearn.request import Request
 
 # Modules with add_arguments() and main()
@@ -113,6 +114,7 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
         help="guidance rescale, 0 to 1 (0: off)")  # fmt: skip
     add("--clip-skip", type=int, default=0, metavar="N",
         help="text encoder layers to leave out (0)")  # fmt: skip
+    add_xl_arguments(parser)
     add_model_arguments(parser)
     if listed:
         from sdlearn.samplers import SAMPLERS
@@ -125,9 +127,21 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
         )
 
 
+def add_xl_arguments(parser: argparse.ArgumentParser) -> None:
+    """What SDXL is told beside the words, and its refiner."""
+    add = parser.add_argument
+    add("--original-size", nargs=2, type=int, metavar=("H", "W"),
+        help="SDXL: the size that the picture is said to have had")  # fmt: skip
+    add("--crop", nargs=2, type=int, metavar=("TOP", "LEFT"),
+        help="SDXL: what is said to have been cut off (0 0)")  # fmt: skip
+    add("--refiner", metavar="PATH", help="SDXL: a refiner that draws the end")
+    add("--refine-at", type=float, default=0.8, metavar="A",
+        help="after which part of the way it takes over, 0 to 1 (0.8)")  # fmt: skip
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default=MODEL, metavar="PATH", help=f"folder or SD 1 file ({MODEL})")
+    add("--model", default=MODEL, metavar="PATH", help=f"folder or file ({MODEL})")
     add("--device", metavar="NAME", help="cuda, mps or cpu (the first that is there)")
     add("--dtype", choices=DTYPES, metavar="TYPE",
         help="float32, float16 or bfloat16 (by device)")  # fmt: skip
@@ -248,8 +262,23 @@ def request_of(args: argparse.Namespace) -> Request:
     return Request(args.prompt, **given)
 
 
+def told_of(args: argparse.Namespace) -> list:
+    """What SDXL is told of sizes, if anything was said of them."""
+    if args.original_size is None and args.crop is None:
+        return []
+    from sdlearn.sdxl import MicroConditioning
+
+    original = tuple(args.original_size) if args.original_size else None
+    return [MicroConditioning(original, tuple(args.crop or (0, 0)))]
+
+
 def draw(sd: StableDiffusion, request: Request, label: str) -> list[Image]:
     """The pictures, with a progress bar on stderr."""
+    return watch(sd, request, label).images()
+
+
+def watch(sd: StableDiffusion, request: Request, label: str) -> Drawing:
+    """The last moment of a drawing, with a progress bar on stderr."""
     from tqdm import tqdm
 
     drawings = sd.draw(request)
@@ -257,7 +286,37 @@ def draw(sd: StableDiffusion, request: Request, label: str) -> list[Image]:
         for drawing in drawings:
             bar.total = drawing.total
             bar.update()
-        return drawing.images()
+        return drawing
+
+
+def refine(
+    args: argparse.Namespace, request: Request, label: str
+) -> tuple[StableDiffusion, Request, list[Image]]:
+    """The base as far as it goes, then its refiner: one of them is in memory at a time.
+
+    Returns who drew last, what it was asked for, and the pictures.
+    """
+    from sdlearn.checkpoint import hub
+    from sdlearn.checkpoint.load import plan
+    from sdlearn.sdxl import PartOfTheWay
+
+    first, rest = PartOfTheWay(end=args.refine_at), PartOfTheWay(args.refine_at)
+    paths = [hub.find_model(find_model(path)) for path in (args.model, args.refiner)]
+    models = [plan(path).networks for path in paths]  # both, before the work begins
+    if len({model["vae"].model.config.scale for model in models}) > 1:
+        raise ValueError(
+            f"{args.refiner} has other latents than {args.model}: give a model of the "
+            "same family to go on with them"
+        )
+    sd = load_model(args)
+    begun = watch(sd, replace(request, extras=[*request.extras, first]), label)
+    latents, name = begun.latents, sd.name
+    del sd, begun
+    sd = load_model(argparse.Namespace(**vars(args) | {"model": args.refiner}))
+    sd.name = f"{name} and {sd.name}"
+    extras = [*request.extras, rest]
+    request = replace(request, image=None, latents=latents, extras=extras)
+    return sd, request, draw(sd, request, f"{label}, refined")
 
 
 def is_file(output: Path) -> bool:
@@ -310,8 +369,13 @@ def run_drawing(args: argparse.Namespace) -> None:
     """`sdlearn txt2img` and `sdlearn img2img`."""
     request = request_of(args)
     check_output(args.output, request.count)
-    sd = load_model(args)
-    pictures = draw(sd, request, f"{args.command}, seed {request.seed[0]}")
+    request = replace(request, extras=[*request.extras, *told_of(args)])
+    label = f"{args.command}, seed {request.seed[0]}"
+    if args.refiner:
+        sd, request, pictures = refine(args, request, label)
+    else:
+        sd = load_model(args)
+        pictures = draw(sd, request, label)
     for path in save_all(sd, request, pictures, args.output, args.command):
         say(path, sys.stdout)
 

@@ -104,4 +104,4 @@ class PartOfTheWay:
         return replace(setup, levels=setup.levels[first : stop + 1])
 
     def said(self) -> dict[str, object]:
-        return {"Part of the way": f"{self.begin:g} to {self.end:g}"}
+        return {"Refiner switch at": self.begin or self.end}

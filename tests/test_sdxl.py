@@ -1,5 +1,6 @@
 """SD 2, SDXL and its refiner: files, what they are told, what is refused. tests/parity compares them with diffusers."""
 
+import copy
 import json
 import re
 from dataclasses import replace
@@ -14,6 +15,7 @@ from random_model import random_parts
 from safetensors.torch import save_file
 from torch import nn
 
+from sdlearn.checkpoint import hub
 from sdlearn.checkpoint import load as loading
 from sdlearn.checkpoint.configs import unet_from_json, unet_to_json
 from sdlearn.checkpoint.dialects import why_ignored
@@ -27,7 +29,7 @@ from sdlearn.pipeline import StableDiffusion
 from sdlearn.prediction import EPSILON, V
 from sdlearn.request import Request
 from sdlearn.schedule import Schedule, zero_terminal_snr
-from sdlearn.sdxl import MicroConditioning, PartOfTheWay
+from sdlearn.sdxl import MicroConditioning, PartOfTheWay, scale_decoder
 from sdlearn.unet import UNet, UNetConfig
 
 KINDS = list(SIZES)
@@ -434,3 +436,20 @@ def test_wrong_words(folders, tmp_path, capsys, monkeypatch, words, sentence):
 def test_a_refiner_as_a_base(folders, tmp_path, capsys):
     assert run(folders, "-o", str(tmp_path / "x.png"), model="refiner") == 2
     assert "this model is a refiner, which goes on with what another has begun" in capsys.readouterr().err
+
+
+def test_a_decoder_is_the_same_at_another_scale(models):
+    vae, z = models["SDXL"].vae, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, other = vae.decode(z), scale_decoder(copy.deepcopy(vae), 64.0)
+        assert (other.decode(z) - wanted).abs().max() < 1e-3 * wanted.abs().max()
+    assert not same(other, vae) and same(scale_decoder(other, 1 / 64), vae)
+
+
+def test_a_refiner_is_downloaded_without_its_first_text_encoder():
+    names = [f"{part}/{'model' if 'text' in part else 'diffusion_pytorch_model'}.safetensors"
+             for part in ("unet", "vae", "text_encoder_2")]  # fmt: skip
+    there = dict.fromkeys(["model_index.json", *names, "tokenizer_2/merges.txt", "scheduler/scheduler_config.json"])
+    assert set(hub.choose(hub.Place("a/b", "", None), there)) == set(there)
+    with pytest.raises(ValueError, match="has no .safetensors file in text_encoder/"):
+        hub.choose(hub.Place("a/b", "", None), {name: x for name, x in there.items() if "_2" not in name})

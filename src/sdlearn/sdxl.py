@@ -5,8 +5,11 @@ Exported from book/17_sdxl.ipynb by `make export`; edit it there.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sdlearn.pipeline import StableDiffusion
+import torch
+
+from sdlearn.blocks import AttentionBlock, ResBlock, Upsample
 from sdlearn.request import Setup, number, shown
+from sdlearn.vae import VAE
 
 
 def pair(name: str, value: Any, least: int) -> tuple[int, int]:
@@ -26,7 +29,7 @@ class MicroConditioning:
 
     original: (height, width) before it was scaled; crop: (top, left), what was cut off;
     target: (height, width) as it is; None is the size that is drawn. score and
-    negative_score: of beauty, for a refiner. Podell et al. 2023, section 2.2.
+    negative_score: of beauty, for a refiner. Podell et al. 2024, section 2.2.
     """
 
     original: tuple[int, int] | None = None
@@ -43,7 +46,7 @@ class MicroConditioning:
         for name in ("score", "negative_score"):
             number(0, 10, "a number from 0 to 10")(name, getattr(self, name))
 
-    def __call__(self, sd: StableDiffusion, setup: Setup) -> Setup:
+    def __call__(self, sd: Any, setup: Setup) -> Setup:
         if not sd.unet.config.added:
             raise ValueError(
                 "this model is told no sizes; leave MicroConditioning out, or take an "
@@ -83,7 +86,7 @@ class PartOfTheWay:
                 "begin before the end"
             )
 
-    def __call__(self, sd: StableDiffusion, setup: Setup) -> Setup:
+    def __call__(self, sd: Any, setup: Setup) -> Setup:
         if self.begin and setup.request.latents is None:
             raise ValueError(
                 f"the part of the way begins at {self.begin}, but there are no latents "
@@ -105,3 +108,25 @@ class PartOfTheWay:
 
     def said(self) -> dict[str, object]:
         return {"Refiner switch at": self.begin or self.end}
+
+
+@torch.no_grad()
+def scale_decoder(vae: VAE, factor: float) -> VAE:
+    """The same decoder with `factor` times the numbers on its way from block to block.
+
+    Whatever writes to the way is multiplied; whatever reads from it begins with a
+    GroupNorm, which divides the factor out again. A power of two rounds nothing.
+    """
+    written = [vae.decoder.conv_in.weight, vae.decoder.conv_in.bias]
+    for part in vae.decoder.modules():
+        if isinstance(part, ResBlock):
+            written += part.conv2.parameters()
+            # of a shortcut, which reads the way without a norm, the bias alone
+            written += [*part.conv_shortcut.parameters()][1:]
+        elif isinstance(part, AttentionBlock):
+            written += part.attention.to_out.parameters()
+        elif isinstance(part, Upsample):  # which does so, too
+            written += [*part.conv.parameters()][1:]
+    for parameter in written:
+        parameter *= factor
+    return vae

@@ -164,7 +164,7 @@ class AddedEmbedding(nn.Module):
     """What SDXL knows beside t and the words, as a vector that is added to the time's.
 
     pooled (B, P), ids (B, N) -> (B, time_width), for P + 256 N = added: each id becomes
-    256 waves, as a time does. Podell et al. 2023, section 2.2.
+    256 waves, as a time does. Podell et al. 2024, section 2.2.
     """
 
     waves = 256

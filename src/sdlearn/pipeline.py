@@ -119,9 +119,10 @@ def last(drawings: Iterator[Drawing]) -> list[Image.Image]:
 class StableDiffusion:
     """Text -> pictures, and text + picture -> pictures. Rombach et al. 2022, figure 3.
 
-    parts: tokenizer, text_encoder, vae, unet. size: (height, width) in pixels, as in
-    training. dtype: what the networks compute in. offload: only the network at work is
-    on the device, the others wait on the CPU.
+    parts: tokenizer, text_encoder, vae, unet; in SDXL also tokenizer_2 and
+    text_encoder_2. size: (height, width) in pixels, as in training. dtype: what the
+    networks compute in. offload: only the network at work is on the device, the others
+    wait on the CPU.
     """
 
     def __init__(
@@ -310,7 +311,7 @@ class StableDiffusion:
         ema: bool = False,
         vae: str | Path | None = None,
     ) -> Self:
-        """From a diffusers folder, an SD 1 file, or OWNER/NAME of the hub.
+        """From a diffusers folder, a single file, or OWNER/NAME of the hub.
 
         device None: cuda, else mps, else cpu; dtype None: float16 on cuda, else
         float32. ema: a file's averaged U-Net; vae: another VAE, a file or a folder.

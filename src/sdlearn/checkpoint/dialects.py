@@ -154,7 +154,6 @@ PREFIXES = {  # how the names of a network may begin, alone or with others
         *("text_model.", ""),
     ),
 }
-PREFIXES["text_encoder_2"] = PREFIXES["text_encoder"]
 
 
 def placed(prefix: str, name: str) -> str:
@@ -180,7 +179,8 @@ def spell_all(
 
     part: unet, vae or text_encoder. there: all names in the file.
     """
-    prefix = next(p for p in PREFIXES[part] if any(x.startswith(p) for x in there))
+    prefixes = PREFIXES[part.removesuffix("_2")]
+    prefix = next(p for p in prefixes if any(x.startswith(p) for x in there))
     names = {name: placed(prefix, rename(name, rules)) for name in ours}
     return {name: spelling(theirs, there) for name, theirs in names.items()}
 

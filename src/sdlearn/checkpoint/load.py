@@ -675,21 +675,22 @@ INDEX = {  # model_index.json: who reads which part, for diffusers
 
 def index_of(parts: Parts) -> dict[str, Any]:
     """The content of model_index.json."""
-    unet, texts = parts.networks["unet"].config, INDEX
+    unet = parts.networks["unet"].config
     if not unet.added:
-        return texts
+        return INDEX
     refiner = "text_encoder" not in parts.networks
-    kind = "Img2Img" * refiner
-    absent = dict.fromkeys(("text_encoder", "tokenizer"), [None, None])
-    return {
-        **{name: x for name, x in INDEX.items() if "safety" not in name},
-        "_class_name": f"StableDiffusionXL{kind}Pipeline",
-        **(absent if refiner else {}),
+    found = {name: x for name, x in INDEX.items() if "safety" not in name}
+    found |= {
+        "_class_name": f"StableDiffusionXL{'Img2Img' * refiner}Pipeline",
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer_2": INDEX["tokenizer"],
         "force_zeros_for_empty_prompt": unet.zeros,
-        **({"requires_aesthetics_score": True} if refiner else {}),
     }
+    if refiner:
+        found["requires_aesthetics_score"] = True
+    absent = [name for name in found if name.startswith(("text_enc", "tokenizer"))]
+    absent = [name for name in absent if name not in parts.networks]
+    return found | dict.fromkeys(absent, [None, None])
 
 
 def folder_writers(

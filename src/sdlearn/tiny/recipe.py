@@ -346,7 +346,9 @@ def thinned(lines: list[str], most: int = 200) -> str:
 
 # What is trained on a finished model: name -> the module with its add_arguments(parser,
 # name) and main(args), and what it teaches.
-ADAPTERS: dict[str, tuple[str, str]] = {}
+ADAPTERS: dict[str, tuple[str, str]] = {
+    "crops": ("sdlearn.tiny.crops", "six ids: how a picture was cropped")
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

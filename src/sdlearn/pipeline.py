@@ -352,7 +352,8 @@ class StableDiffusion:
 
     def is_refiner(self) -> bool:
         """Does it hear a score in place of the target size?"""
-        pooled = self.parts["text_encoder_2"].config.projection
+        second = self.parts.get("text_encoder_2")
+        pooled = second.config.projection if second else 0
         return self.unet.config.added == pooled + 5 * AddedEmbedding.waves
 
     def told_xl(
@@ -370,6 +371,8 @@ class StableDiffusion:
             mask = torch.tensor(said, device=self.device).repeat_interleave(each)
             for name, x in uncond.items():
                 uncond[name] = x * mask.view(-1, *[1] * (x.ndim - 1))
+        for side in filter(None, (cond, uncond)):  # without a second text encoder
+            side.setdefault("pooled", side["context"].new_zeros(request.count, 0))
         shape = latent_shape(request, self.size, 4, self.factor)
         size = shape[2] * self.factor, shape[3] * self.factor
         return self.with_ids((cond, uncond), size, (0, 0), size)

@@ -117,7 +117,7 @@ def scale_decoder(vae: VAE, factor: float) -> VAE:
     Whatever writes to the way is multiplied; whatever reads from it begins with a
     GroupNorm, which divides the factor out again. A power of two rounds nothing.
     """
-    written = [vae.decoder.conv_in.weight, vae.decoder.conv_in.bias]
+    written = [*vae.decoder.conv_in.parameters()]
     for part in vae.decoder.modules():
         if isinstance(part, ResBlock):
             written += part.conv2.parameters()

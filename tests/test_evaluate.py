@@ -142,13 +142,19 @@ def test_table():
     values = dict.fromkeys(PARTS, 0.5) | {"true pictures": 1.0, "through the VAE": 0.75, "relation": math.nan}
     text = table_of({"VAE PSNR, dB": 28.04, "CLIP retrieval": {"a": 0.5}, "attention overlap": {"inside": 0.25},
                      "words heard": {"colours": 0.75}, "prompt following": {"seen, one thing": values},
-                     "pictures in a row": 80, "settings": {"steps": 50, "seed": 1}})  # fmt: skip
+                     "pictures in a row": 80, "settings": {"steps": 50, "seed": 1},
+                     "otherwise": {"guidance 1": dict.fromkeys(PARTS, 0.25)},
+                     "unsaid": {"guidance 1": {"backgrounds": 0.9, "sides": 0.8}},
+                     "fills": {"drawn": 12.34}})  # fmt: skip
     lines = text.splitlines()
     assert lines[0] == "VAE PSNR on fresh scenes: 28.0 dB"
     assert lines[1:4] == ["CLIP retrieval: a 0.50", "attention overlap: inside 0.25", "words heard: colours 0.75"]
     assert lines[4] == "80 pictures in each row; steps 50 seed 1"
     assert lines[5].split() == ["prompt", "following", *PARTS, *" ".join(CEILINGS).split()]
     assert lines[6].split()[3:] == ["0.50", "0.50", "0.50", "-", "0.50", "1.00", "0.75"]
+    assert lines[8].split() == ["guidance", "1", *["0.25"] * 5]
+    assert lines[9] == "left open, guidance 1 (1: as a fair die): backgrounds 0.90, sides 0.80"
+    assert lines[10] == "main fill, distance from its colour in RGB: drawn 12.3"
 
 
 def test_a_judge_is_saved_and_loaded(tmp_path):
@@ -235,7 +241,7 @@ def test_attention_overlap_of_a_random_model_is_that_of_the_area():
     assert found["inside"] == pytest.approx(found["area"], rel=0.35) and 0 <= found["points"] <= 1
 
 
-QUICK = {"vae_psnr": 8, "clip_retrieval": 20, "attention_overlap": 2, "words_heard": 8}
+QUICK = {"vae_psnr": 8, "clip_retrieval": 20, "attention_overlap": 2, "words_heard": 8, "fills": 8}
 
 
 @pytest.mark.slow
@@ -244,6 +250,8 @@ def test_every_figure_of_the_shipped_model_is_printed_and_written(monkeypatch, t
     """All measures, on fewer scenes; in 16 bits as on a GPU."""
     for name, count in QUICK.items():
         monkeypatch.setattr(evaluate, name, partial(getattr(evaluate, name), count=count))
+    monkeypatch.setattr(evaluate, "ELSE", {"guidance 3": {"cfg_scale": 3.0}})
+    monkeypatch.setattr(evaluate, "unsaid", partial(evaluate.unsaid, count=2, throws=4))
     path = tmp_path / "new" / "figures.json"
     words = f"evaluate --model {TINY} --prompts 10 --steps 2 --sampler ddim --device cpu --dtype {dtype} --json {path}"
     assert main(words.split()) == 0
@@ -253,6 +261,8 @@ def test_every_figure_of_the_shipped_model_is_printed_and_written(monkeypatch, t
     assert figures["prompt following"]["seen, one thing"]["relation"] is None  # one thing has none
     assert figures["VAE PSNR, dB"] > 25 and f"{figures['VAE PSNR, dB']:.1f} dB" in text
     assert figures["CLIP retrieval"]["picture finds sentence"] > 0.9 and figures["words heard"]["background"] > 0.8
+    assert list(figures["otherwise"]) == [*evaluate.ELSE] and list(figures["unsaid"]) == ["guidance 1", "guidance 7.5"]
+    assert 0 < figures["fills"]["true pictures through the VAE"] < 20
     assert figures["attention overlap"]["inside"] > 1.3 * figures["attention overlap"]["area"]
 
 

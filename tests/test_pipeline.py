@@ -190,7 +190,16 @@ def test_extras_change_the_setup_and_say_so(sd):
     plain = sd.decode(torch.zeros(1, 4, 8, 8))[0]
     assert far(sd.txt2img("a cat", **FAST, extras=[Frozen()], width=64, height=64)[0], plain) == 0
     assert far(sd.txt2img("a cat", **FAST, control=[(Net(), "a hint", 0.5)], width=64, height=64)[0], plain) == 0
-    assert "Frozen: yes" in Request("a cat", extras=[Frozen()]).parameters(0, 64, 64, "m")
+    request = Request("a cat", control=[(Net(), "a hint", 0.5)], seed=3)
+    assert "Frozen: yes" in request.parameters(0, 64, 64, "m")
+    again = replace(request, steps=7)  # a request may be made from a checked one
+    assert again.control == request.control and again.seed == (3,) and again.steps == 7
+
+
+@pytest.mark.parametrize("control", [7, None, [7], [()], [("net", "hint")], {"a": 1}])
+def test_what_is_no_controlnet_is_refused(control):
+    with pytest.raises(ValueError, match="give a list of .net, hint. or .net, hint, scale, start, end., each net a"):
+        Request("a cat", control=control)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])

@@ -136,11 +136,10 @@ def extras(name: str, value: Any) -> tuple["Extra", ...]:
 
 def controls(name: str, value: Any) -> tuple["Extra", ...]:
     """(net, hint, scale, start, end), the last three as wished -> an extra for each."""
-    if not isinstance(value, list | tuple):
-        value = [value]
-    for x in value:
-        pair = isinstance(x, list | tuple) and x
-        if not pair or not hasattr(x[0], "control"):
+    if isinstance(value, list | tuple) and all(hasattr(x, "said") for x in value):
+        return tuple(value)  # they are made already
+    for x in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(x, list | tuple) or not hasattr(next(iter(x), 0), "control"):
             raise ValueError(
                 f"{name} is {shown(value)}; give a list of (net, hint) or "
                 "(net, hint, scale, start, end), each net a ControlNet"

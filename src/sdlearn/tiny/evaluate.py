@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from sdlearn.tiny.scenes import (
     random_scene,
 )
 from sdlearn.tiny.tasks import to_tensor
+from sdlearn.tiny.unsaid import impurity, openness
 from sdlearn.unet import attention_maps, record_attention
 
 ROWS = {  # name of a row: the split of its scenes, and how many things they have
@@ -41,6 +43,13 @@ ROWS = {  # name of a row: the split of its scenes, and how many things they hav
 }
 PARTS = ("objects", "colours", "background", "relation", "all")
 CEILINGS = ("true pictures", "through the VAE")
+ELSE = {  # other ways to draw: name -> what differs
+    "guidance 1": {"cfg_scale": 1.0},
+    "guidance 3": {"cfg_scale": 3.0},
+    "DDIM, 10 steps": {"sampler": "ddim", "steps": 10},
+    "DDIM, 15 steps": {"sampler": "ddim", "steps": 15},
+    "DDIM, 20 steps": {"sampler": "ddim", "steps": 20},
+}
 
 
 def fresh_scenes(
@@ -70,7 +79,7 @@ def remade(
         for x in images.split(batch)
     )
     back = torch.cat([model.vae.decode(x).float().cpu() for x in latents])
-    return images, (back.clamp(-1, 1) * 127.5).round() / 127.5
+    return images, ((back.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
 def vae_psnr(model: StableDiffusion, count: int = 200, seed: int = 0) -> float:
@@ -171,6 +180,62 @@ def prompt_following(
             for name, pictures in zip(CEILINGS, remade(model, scenes), strict=True):
                 table[row][name] = share(judged(judge, scenes, pictures), "all")
     return table
+
+
+def otherwise(
+    model: StableDiffusion, judge: Judge, count: int = 100, **settings: Any
+) -> dict[str, dict[str, float]]:
+    """Scenes of all kinds, `count` of them, drawn in each of the other ways of ELSE:
+    {way: {part: share}}, as `prompt_following`."""
+    each = count // len(ROWS)
+    scenes = [s for kind in ROWS.values() for s in fresh_scenes(each, 2, *kind)]
+    table = {}
+    for way, changes in tqdm(ELSE.items(), desc="otherwise", leave=False):
+        drawn = draw(model, scenes, **(settings | changes))
+        pictures = [to_tensor(np.array(picture)) for picture in drawn]
+        verdicts = judged(judge, scenes, pictures)
+        table[way] = {
+            part: share(verdicts, part, "objects" if part == "relation" else None)
+            for part in PARTS
+        }
+    return table
+
+
+def unsaid(
+    model: StableDiffusion,
+    judge: Judge,
+    count: int = 8,
+    throws: int = 24,
+    scales: Sequence[float] = (1.0, 7.5),
+    **settings: Any,
+) -> dict[str, dict[str, float]]:
+    """{scale: what `openness` says} for `count` fresh sentences, half of them pairs."""
+    scenes = [s for n in (1, 2) for s in fresh_scenes(count // 2, 3, "train", n)]
+    table = {}
+    for scale in tqdm(scales, desc="unsaid", leave=False):
+        seed = settings["seed"]
+
+        def pictures(sentences: list[str], scale: float = scale) -> list[Image.Image]:
+            nonlocal seed
+            seed += len(sentences)
+            how = settings | {"cfg_scale": scale, "seed": seed}
+            return model.txt2img(sentences, **how)
+
+        table[f"guidance {scale:g}"] = openness(pictures, judge, scenes, throws)
+    return table
+
+
+def fills(model: StableDiffusion, count: int = 40, **settings: Any) -> dict[str, float]:
+    """`impurity` of what is drawn, and of true pictures after the VAE."""
+    scenes = fresh_scenes(4 * count, 4, "train", 1)
+    scenes = [scene for scene in scenes if scene.things[0].colour][:count]
+    back = ((remade(model, scenes)[1] + 1) * 127.5).round().byte()
+    through = [x.permute(1, 2, 0).numpy() for x in back]
+    drawn = [np.array(picture) for picture in draw(model, scenes, **settings)]
+    return {
+        "drawn": impurity(scenes, drawn),
+        "true pictures through the VAE": impurity(scenes, through),
+    }
 
 
 def judged(
@@ -338,6 +403,9 @@ def main(args: argparse.Namespace) -> None:
         "attention overlap": attention_overlap(model),
         "words heard": words_heard(model),
         "prompt following": following,
+        "otherwise": otherwise(model, judge, max(args.prompts // 4, 5), **settings),
+        "unsaid": unsaid(model, judge, **settings),
+        "fills": fills(model, **settings),
     }
     print(table_of(figures))
     if args.json:
@@ -376,4 +444,13 @@ def table_of(figures: dict) -> str:
             for c, width in columns.items()
         ]
         lines.append(f"{row:28}" + "".join(cells))
+    lines.append("otherwise drawn, all kinds")
+    for way, values in figures["otherwise"].items():
+        cells = [f"{values[part]:>{columns[part]}.2f}" for part in PARTS]
+        lines.append(f"{way:28}" + "".join(cells))
+    for way, values in figures["unsaid"].items():
+        found = ", ".join(f"{name} {x:.2f}" for name, x in values.items())
+        lines.append(f"left open, {way} (1: as a fair die): {found}")
+    found = ", ".join(f"{name} {x:.1f}" for name, x in figures["fills"].items())
+    lines.append(f"main fill, distance from its colour in RGB: {found}")
     return "\n".join(lines)

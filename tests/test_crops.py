@@ -1,4 +1,4 @@
-"""The tiny model's twin that is told of crops: it begins as the tiny model, sees cut scenes, and is saved and drawn with."""
+"""The tiny model's twin that is told of crops: it begins as the tiny model, sees cut scenes, is saved and read."""
 
 import random
 

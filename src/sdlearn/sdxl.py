@@ -128,5 +128,5 @@ def scale_decoder(vae: VAE, factor: float) -> VAE:
         elif isinstance(part, Upsample):  # which does so, too
             written += [*part.conv.parameters()][1:]
     for parameter in written:
-        parameter *= factor
+        parameter.mul_(factor)
     return vae

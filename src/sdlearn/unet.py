@@ -256,13 +256,7 @@ class UNet(nn.Module):
                 x = part(x, skips[-1].shape[-2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def check(
-        self,
-        latents: Tensor,
-        context: Tensor,
-        pooled: Tensor | None = None,
-        ids: Tensor | None = None,
-    ) -> None:
+    def check(self, latents: Tensor, context: Tensor, *more: Tensor | None) -> None:
         """Say what is wrong with the inputs before a layer deep inside does."""
         if latents.shape[1] != self.config.in_channels:
             have, want = latents.shape[1], self.config.in_channels
@@ -276,7 +270,7 @@ class UNet(nn.Module):
                 f"context is {have} wide, but this U-Net reads {want}: "
                 "use its own text encoder"
             )
-        told = [0 if x is None else x.shape[-1] for x in (pooled, ids)]
+        told = [0 if x is None else x.shape[-1] for x in more]
         if told[0] + AddedEmbedding.waves * told[1] != self.config.added:
             raise ValueError(
                 f"pooled is {told[0]} wide and there are {told[1]} ids, but this U-Net "

@@ -33,13 +33,17 @@ def fill(model: nn.Module, generator: torch.Generator, dtype: torch.dtype = torc
     return model.eval()
 
 
-def full_checkpoint() -> tuple[Path, Path]:
-    """The file (float16, 2.1 GB, made once and kept in the temporary folder), and a folder with diffusers' configs."""
-    folder = Path(tempfile.gettempdir()) / f"sdlearn-tests-{os.getuid()}" / f"sd15-random-{VERSION}"
+def full_checkpoint(channels: int = 4) -> tuple[Path, Path]:
+    """The file (float16, 2.1 GB, made once and kept in the temporary folder), and a folder with diffusers' configs.
+
+    channels: that the U-Net takes in; 9 is an inpainting model.
+    """
+    name = f"sd15-random-{VERSION}" + (f"-channels-{channels}" if channels != 4 else "")
+    folder = Path(tempfile.gettempdir()) / f"sdlearn-tests-{os.getuid()}" / name
     path, configs = folder / "model.safetensors", folder / "configs"
     if not path.is_file():
         generator = torch.Generator().manual_seed(VERSION)
-        text, vae, unet = CLIPTextConfig(), VAEConfig(), UNetConfig()
+        text, vae, unet = CLIPTextConfig(), VAEConfig(), UNetConfig(in_channels=channels)
         sizes = {CLIPTextEncoder: text, VAE: vae, UNet: unet}
         parts = [fill(empty(make, config), generator) for make, config in sizes.items()]
         networks = dict(zip(("tokenizer", "text_encoder", "vae", "unet"), (Tokenizer.clip(), *parts), strict=True))

@@ -125,6 +125,9 @@ GOOD: dict[str, Change] = {
     "tokenizer.json alone, pairs": modern(list),
     "tokenizer.json alone, words": modern(str),
     "an added token": added(0),
+    "inpainting": lambda folder: (
+        config("unet", in_channels=9)(folder),
+        tensors(UNET, lambda c: c.update({"conv_in.weight": torch.zeros(32, 9, 3, 3)}))(folder)),
     "three added tokens": added(0, 1, 2),
     "squaredcos_cap_v2": config("scheduler", beta_schedule="squaredcos_cap_v2"),
     "linear betas": config("scheduler", beta_schedule="linear"),
@@ -164,9 +167,9 @@ BAD: dict[str, Change] = {
     "eight answers": lambda folder: (
         config("unet", out_channels=8)(folder),
         tensors(UNET, lambda c: c.update({n: torch.cat([c[n], c[n]]) for n in [*c] if n[:9] == "conv_out."}))(folder)),
-    "nine channels": lambda folder: (
-        config("unet", in_channels=9)(folder),
-        tensors(UNET, lambda c: c.update({"conv_in.weight": torch.zeros(32, 9, 3, 3)}))(folder)),
+    "eight channels": lambda folder: (
+        config("unet", in_channels=8)(folder),
+        tensors(UNET, lambda c: c.update({"conv_in.weight": torch.zeros(32, 8, 3, 3)}))(folder)),
     "text of another width": config("unet", cross_attention_dim=16),
     "a token that the text encoder lacks": added(0, grow=False),
     "added tokens with a gap": added(0, 2),
@@ -258,12 +261,14 @@ def test_whole_files(tmp_path):
     parts = sd15_shapes()
     whole = {name: shape for part in parts.values() for name, shape in part.items()}
     assert inspect(write_sparse(tmp_path / "X.SAFETENSORS", whole)).can
+    nine = dict(sum((list(part.items()) for part in sd15_shapes(9).values()), []))
+    assert inspect(write_sparse(tmp_path / "nine.safetensors", nine)).can.startswith("sdlearn inpaint ")
     for odd in (
         {k: v for k, v in whole.items() if k not in parts["vae"]},
         whole | {"lora_te_stray.alpha": ()},
         {k: v for k, v in whole.items() if k != WORD},
         whole | {WORD: (769,)},
-        sum((list(sd15_shapes(9)[part].items()) for part in parts), []),
+        sum((list(sd15_shapes(8)[part].items()) for part in parts), []),
     ):
         promised, why, loaded, reason = answers(write_sparse(tmp_path / "x.safetensors", dict(odd)))
         assert (promised, loaded) == (False, False) and why == reason

@@ -85,9 +85,9 @@ def test_img2img(model, tmp_path, capsys):
 def test_demo(model, tmp_path, capsys):
     assert run("demo", "--model", model, "-o", tmp_path / "outputs") == 0
     out = capsys.readouterr().out
-    assert out.count(" s\n") == 4
+    assert out.count(" s\n") == 5
     written = sorted(path.name for path in (tmp_path / "outputs").iterdir())
-    assert len(written) == 5 and all(name in out for name in written)
+    assert len(written) == 6 and all(name in out for name in written)
     assert read_parameters(tmp_path / "outputs" / "txt2img-ddpm-0001.png")["Steps"] == "50"
 
 
@@ -299,3 +299,25 @@ class FakeModule:
     @classmethod
     def main(cls, args):
         cls.seen.append(args.word)
+
+
+def test_inpaint_paints_what_is_white_and_says_so(model, tmp_path, capsys):
+    Image.radial_gradient("L").resize((32, 32)).convert("RGB").save(tmp_path / "in.png")
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (8, 0, 16, 16))
+    mask.save(tmp_path / "mask.png")
+    words = ["--image", tmp_path / "in.png", "--mask", tmp_path / "mask.png", "--steps", 6, "--resample", 2]
+    assert run("inpaint", "a cat", *words, "--model", model, "--seed", 3, "-o", tmp_path / "out.png") == 0
+    found = read_parameters(tmp_path / "out.png")
+    assert found["Masked"] == "50%" and found["Resample"] == "2" and found["Denoising strength"] == "1.0"
+    before, after = Image.open(tmp_path / "in.png"), Image.open(tmp_path / "out.png")
+    for box, kept in (((0, 0, 16, 32), True), ((16, 0, 32, 32), False)):
+        assert (before.crop(box).tobytes() == after.crop(box).tobytes()) == kept
+
+
+def test_inpaint_draws_a_larger_canvas(model, tmp_path):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "in.png")
+    words = ["--image", tmp_path / "in.png", "--expand", "left=16,bottom=8", "--steps", 2]
+    assert run("inpaint", "a cat", *words, "--model", model, "-o", tmp_path / "out.png") == 0
+    drawn = Image.open(tmp_path / "out.png")
+    assert drawn.size == (48, 40) and drawn.crop((24, 0, 48, 24)).getcolors() == [(24 * 24, (255, 0, 0))]

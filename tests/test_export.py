@@ -81,6 +81,17 @@ def test_a_class_told_in_pieces_is_one_class_in_the_module(tree):
     assert "no earlier cell begins" in tree({"05_vae": pieces})[1][0]
 
 
+def test_what_a_cell_imports_goes_before_what_a_neighbour_is_called(tree):
+    cells = [
+        '#| default_exp vae\n#| export\n"""a -> b."""\nfrom os import path\n\nHERE = path',
+        '#| export blocks\n"""b -> c."""\ndef path():\n    return 1',
+    ]
+    changed, errors, package = tree({"05_vae": cells})
+    assert sorted(changed) == ["blocks.py", "vae.py"] and not errors
+    assert "from os import path\n\nHERE = path" in (package / "vae.py").read_text()
+    assert "sdlearn.blocks" not in (package / "vae.py").read_text()
+
+
 def test_the_second_export_changes_nothing(tree):
     tree({"05_vae": VAE_CELLS})
     _, _, package = tree({})

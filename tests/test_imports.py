@@ -23,7 +23,9 @@ MODULES = sorted(
 # later chapter continues stands where it was begun.
 CHAPTERS = tomllib.loads((ROOT / "book" / "chapters.toml").read_text("utf-8"))["chapter"]
 BEGUN = [module for chapter in CHAPTERS for module in chapter["modules"] if not module.startswith("tiny.")]
-ORDER = [*dict.fromkeys(["disk", "arguments", *BEGUN, "tiny", "bench", "book", "cli"])]
+WHOLE = ("pipeline", "minimal", "speed")  # what later chapters give the pipeline stands before it
+FIRST = [module for module in BEGUN if module not in WHOLE]
+ORDER = [*dict.fromkeys(["disk", "arguments", *FIRST, *WHOLE, "tiny", "bench", "book", "cli"])]
 
 
 def place(name: str) -> str:

@@ -106,7 +106,7 @@ def test_a_full_size_pickle(sd15, tmp_path):
 
 def test_what_is_no_whole_model_is_told_without_torch(tmp_path):
     path = write_sparse(tmp_path / "x.safetensors", KINDS[8][0], "F16")
-    assert in_a_fresh_process(path, most=0.6, torch=False)[1].startswith("is        LoRA for SD 1, of rank 8 to 16")
+    assert in_a_fresh_process(path, most=0.6, torch=False)[1].startswith("is        LoRA for SD 1, rank 8 to 16")
 
 
 def test_the_numbers_of_sd_1_5_are_those_of_our_models(sd15):
@@ -138,16 +138,16 @@ KINDS = [  # tensors -> what the text says, what a sentence of the loader says
       "encoder.down_blocks.0.resnets.0.conv1.bias": (128,)}, "VAE alone, diffusers names", "a VAE alone"),
     ({f"lora_unet_{KOHYA}.lora_down.weight": (16, 768), f"lora_unet_{KOHYA}.lora_up.weight": (320, 16),
       f"lora_unet_{KOHYA}.alpha": (), "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (8, 768)},
-     "LoRA for SD 1, of rank 8 to 16 in 2 layers, kohya names", "a LoRA"),
+     "LoRA for SD 1, rank 8 to 16 in 2 layers, written by kohya", "a LoRA"),
     ({f"lora_unet_{KOHYA}.lora_down.weight": (4, 2048), f"lora_unet_{KOHYA}.lora_up.weight": (320, 4)},
-     "LoRA for SDXL, of rank 4 in 1 layers, kohya names", "a LoRA"),
+     "LoRA for SDXL, rank 4 in 1 layers, written by kohya", "a LoRA"),
     ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (4, 1280)}, "LoRA for SDXL", "a LoRA"),
     ({f"lora_unet_{KOHYA}.hada_w1_b": (4, 768), f"lora_unet_{KOHYA}.hada_w1_a": (320, 4)}, "LoRA for SD 1", "a LoRA"),
     ({f"unet.{PEFT}.to_k.lora_A.weight": (4, 1024), f"unet.{PEFT}.to_k.lora_B.weight": (320, 4)},
-     "LoRA for SD 2, of rank 4 in 1 layers, diffusers names", "a LoRA"),
-    ({f"base_model.model.{PEFT}.to_k.lora_A.default.weight": (4, 768)}, "LoRA for SD 1, of rank 4", "a LoRA"),
-    ({f"unet.{PEFT}.processor.to_k_lora.down.weight": (4, 768)}, "LoRA for SD 1, of rank 4 in 1", None),
-    ({f"unet.{PEFT}.to_k.lora.down.weight": (4, 768)}, "LoRA for SD 1, of rank 4 in 1", "a LoRA"),
+     "LoRA for SD 2, rank 4 in 1 layers, written by diffusers (PEFT)", "a LoRA"),
+    ({f"base_model.model.{PEFT}.to_k.lora_A.default.weight": (4, 768)}, "LoRA for SD 1, rank 4", "a LoRA"),
+    ({f"unet.{PEFT}.processor.to_k_lora.down.weight": (4, 768)}, "LoRA for SD 1, rank 4 in 1", None),
+    ({f"unet.{PEFT}.to_k.lora.down.weight": (4, 768)}, "LoRA for SD 1, rank 4 in 1", "a LoRA"),
     ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (4, 3072)}, "LoRA for FLUX", "a LoRA"),
     ({"control_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 768),
       "control_model.input_hint_block.0.weight": (16, 3, 3, 3)}, "ControlNet for SD 1, LDM names", "a ControlNet"),
@@ -179,7 +179,8 @@ KINDS = [  # tensors -> what the text says, what a sentence of the loader says
 def test_kinds(tmp_path, shapes, description, recognised):
     report = inspect(write_sparse(tmp_path / "x.safetensors", shapes, "F16"))
     assert report.description.startswith(description)
-    assert report.can == "" and len(report.but) == 1  # sdlearn draws with none of these
+    word = description.startswith("textual inversion for SD 1")
+    assert bool(report.can) == word and len(report.but) == (not word)  # with no other, nor with half a LoRA
     assert sum(part.tensors for part in report.parts) == len(shapes) and "others" not in [p.name for p in report.parts]
     assert {part.precision for part in report.parts} == {"float16"}
     if recognised:
@@ -187,10 +188,15 @@ def test_kinds(tmp_path, shapes, description, recognised):
 
 
 def test_inpainting_is_not_taken_for_a_plain_model(tmp_path):
-    report = inspect(write_sparse(tmp_path / "x.safetensors", together(sd15_shapes(9)), "F16"))
+    path = write_sparse(tmp_path / "x.safetensors", together(sd15_shapes(9)), "F16")
+    report = inspect(path)
     assert report.description == "Stable Diffusion 1.x, inpainting, in one file, LDM names"
+    assert report.can == f'sdlearn inpaint "..." --image FILE --mask FILE --model {path}' and not report.but
+    assert report.parts[0][1:3] == (686, 859_535_364)
+    report = inspect(write_sparse(path, together(sd15_shapes(8)), "F16"))
     reason = (
-        "x.safetensors is a Stable Diffusion 1 for inpainting, but a whole checkpoint of SD 1, SD 2 or SDXL is wanted"
+        "x.safetensors is a Stable Diffusion 1 for instruct-pix2pix, but a whole checkpoint of SD 1, SD 2 or SDXL is "
+        "wanted"
     )
     assert report.can == "" and len(report.but) == 1 and report.but[0].endswith(reason)
 
@@ -219,7 +225,7 @@ def test_metadata_is_shown_and_made_safe(tmp_path):
     }
     path = write_sparse(tmp_path / "x.safetensors", {"lora_unet_x.lora_down.weight": (4, 320)}, metadata=metadata)
     report = inspect(path)
-    assert report.description == "LoRA for SDXL, of rank 4 in 1 layers, kohya names"
+    assert report.description == "LoRA for SDXL, rank 4 in 1 layers, written by kohya"
     text = to_text(report)
     assert "a?[31m: red?alert" in text and "and 5 more entries; --json shows all" in text and "\x1b" not in text
     assert max(len(line) for line in text.splitlines() if not line.startswith(("path", "because"))) < 130
@@ -233,7 +239,8 @@ def test_our_own_tiny_model():
     report = inspect(TINY)
     assert report.description == "the course's own tiny model, diffusers folder" and report.can and not report.but
     assert [part.name for part in report.parts] == ["text_encoder", "vae", "unet", "clip", "judge"]
-    assert report.bytes == sum(path.stat().st_size for path in TINY.rglob("*.safetensors"))
+    files = (path for part in report.parts for path in (TINY / part.name).glob("*.safetensors"))
+    assert report.bytes == sum(path.stat().st_size for path in files)
 
 
 def test_folders(tmp_path):

@@ -244,7 +244,7 @@ def test_devices_and_parts_that_do_not_fit():
             pick_device(device)
     parts = random_parts()[0]
     for wrong, words in ((UNetConfig((32,), (True,), heads=(1,)), "do not fit"),
-                         (replace(SMALL_UNET, in_channels=9), "takes 9 channels and answers 4"),
+                         (replace(SMALL_UNET, in_channels=8), "takes 8 channels and answers 4"),
                          (replace(SMALL_UNET, out_channels=8), "answers 8")):  # fmt: skip
         networks = parts.networks | {"unet": UNet(wrong)}
         with pytest.raises(ValueError, match=words):

@@ -189,8 +189,8 @@ def test_single_file_is_strict(tmp_path, model, single):
     name = "model.diffusion_model.input_blocks.0.0.weight"
     wrong = {
         "lacks the tensor " + name: {k: v for k, v in single.items() if k != name},
-        "is a Stable Diffusion 1 for inpainting, but a whole checkpoint of SD 1": single
-        | {name: torch.zeros(32, 9, 3, 3)},
+        "is a Stable Diffusion 1 for instruct-pix2pix, but a whole checkpoint of SD 1": single
+        | {name: torch.zeros(32, 8, 3, 3)},
         r"\(32, 4, 5, 5\).*\(32, 4, 3, 3\)": single | {name: torch.zeros(32, 4, 5, 5)},
         "is a Stable Diffusion 1 for latent consistency": single
         | {LDM["unet"] + "time_embed.cond_proj.weight": torch.zeros(1)},

@@ -150,6 +150,7 @@ def render(name: str, modules: dict[str, Module]) -> str:
         raise ExportError(f'{min(module.notebooks)}: {name} has no docstring; begin its first cell with """X -> Y."""')
     body = "\n\n\n".join(module.bodies)
     used = {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)} - set(module.names)
+    used -= {alias.asname or alias.name for line in module.imports for alias in ast.parse(line).body[0].names}
     neighbours = [  # what a notebook defines for one of its modules, its other modules may simply use
         f"from sdlearn.{other} import {x}"
         for other, that in modules.items()

@@ -277,6 +277,11 @@ samplers.go | diffusers.DDIMScheduler.step | `DDIMSampler.p_sample_ddim` | $p_\t
 samplers.sample | | `DDPM.p_sample_loop` | | 08
 samplers.keep | diffusers.StableDiffusionImg2ImgPipeline.get_timesteps | `t_enc` | $t_0$ | 08
 samplers.SAMPLERS | diffusers.schedulers.KarrasDiffusionSchedulers | | | 13
+inpaint.Inpaint | diffusers.StableDiffusionInpaintPipeline.prepare_mask_latents | `scripts/inpaint_st.py` | $m$ | 14
+inpaint.rail | diffusers.StableDiffusionInpaintPipeline.__call__ | | | 14
+inpaint.stairs | diffusers.RePaintScheduler.set_timesteps | | jumps | 14
+inpaint.seen_through | | `LatentInpaintDiffusion` | | 14
+pipeline.StableDiffusion.inpaint | diffusers.StableDiffusionInpaintPipeline | `scripts/inpaint_st.py` | | 14
 samplers.heun | diffusers.HeunDiscreteScheduler.step | | | 13
 samplers.dpm2 | diffusers.KDPM2DiscreteScheduler.step | | DPM-Solver-2 | 13
 samplers.dpmpp_2s | diffusers.DPMSolverSinglestepScheduler.step | | DPM-Solver++(2S) | 13
@@ -290,8 +295,15 @@ guidance.guide | | `DDIMSampler.p_sample_ddim` | $\tilde\varepsilon$ | 10
 guidance.rescale | diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion.rescale_noise_cfg | | $\phi$ | 10
 checkpoint.load.load | diffusers.StableDiffusionPipeline.from_pretrained | `load_model_from_config` | | 11
 checkpoint.load.save | diffusers.StableDiffusionPipeline.save_pretrained | | | 11
+controlnet.ControlNet | diffusers.ControlNetModel | `ControlNet` | | 16
+controlnet.ControlNet.of | diffusers.ControlNetModel.from_unet | | | 16
+controlnet.HintPyramid | diffusers.models.controlnets.controlnet.ControlNetConditioningEmbedding | | | 16
+controlnet.zero | diffusers.models.controlnets.controlnet.zero_module | `zero_module` | $\mathcal Z$ | 16
+controlnet.Control | diffusers.StableDiffusionControlNetPipeline.__call__(control_guidance_start) | | | 16
 pipeline.StableDiffusion | diffusers.StableDiffusionPipeline | `LatentDiffusion` | | 12
 pipeline.StableDiffusion.img2img | diffusers.StableDiffusionImg2ImgPipeline | `scripts/img2img.py` | | 12
+inversion.add_embedding | diffusers.StableDiffusionPipeline.load_textual_inversion | | $v^*$ | 15
+tokenizer.Tokenizer.parts | diffusers.StableDiffusionPipeline.maybe_convert_prompt | | | 15
 pipeline.StableDiffusion.encode_xl | diffusers.StableDiffusionXLPipeline.encode_prompt | | | 17
 unet.AddedEmbedding | diffusers.models.embeddings.TimestepEmbedding | `UNetModel.label_emb` | | 17
 sdxl.MicroConditioning.original | diffusers.StableDiffusionXLPipeline.__call__(original_size) | | $c_{size}$ | 17
@@ -320,7 +332,7 @@ guided_times | | |  | 19
 two_passes | | |  | 19
 image | {IMAGE}(image) | `--init-img` | | 12
 strength | {IMAGE}(strength) | `--strength` | $t_0$ | 08
-control | diffusers.StableDiffusionControlNetPipeline.__call__(image) | `control` | $c_f$ | 12
+control | diffusers.StableDiffusionControlNetPipeline.__call__(image) | `control` | $c_f$ | 16
 extras | | |  | 12
 """
 SIZES = r"""

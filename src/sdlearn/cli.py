@@ -16,10 +16,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from sdlearn import __version__
 from sdlearn.arguments import DTYPES
@@ -28,8 +29,11 @@ from sdlearn.disk import explained, reserve
 if TYPE_CHECKING:  # torch takes seconds to import: `--help` should not wait for it
     from PIL.Image import Image
 
+    from sdlearn.controlnet import Control
+    from sdlearn.inversion import Embedding
     from sdlearn.pipeline import Drawing, StableDiffusion
-    from sdlearn.request import Request
+    from sdlearn.request import Request, Settings
+    from sdlearn.sdxl import PartOfTheWay
 
 # Modules with add_arguments() and main()
 ELSEWHERE = {
@@ -114,6 +118,11 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
         help="guidance rescale, 0 to 1 (0: off)")  # fmt: skip
     add("--clip-skip", type=int, default=0, metavar="N",
         help="text encoder layers to leave out (0)")  # fmt: skip
+    add("--lora", action="append", default=[], metavar="FILE[:SCALE]",
+        help="a LoRA, or several; as <lora:NAME:0.8> in a prompt")  # fmt: skip
+    add("--embedding", action="append", default=[], metavar="FILE[:WORD]",
+        help="a textual inversion, or several: a word for prompts")  # fmt: skip
+    add_control_arguments(parser)
     add_xl_arguments(parser)
     add_model_arguments(parser)
     if listed:
@@ -128,15 +137,57 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
 
 
 def add_xl_arguments(parser: argparse.ArgumentParser) -> None:
-    """What SDXL is told beside the words, and its refiner."""
+    """What SDXL is told beside the words."""
     add = parser.add_argument
     add("--original-size", nargs=2, type=int, metavar=("H", "W"),
         help="SDXL: the size that the picture is said to have had")  # fmt: skip
     add("--crop", nargs=2, type=int, metavar=("TOP", "LEFT"),
         help="SDXL: what is said to have been cut off (0 0)")  # fmt: skip
+
+
+def add_refiner_arguments(parser: argparse.ArgumentParser) -> None:
+    """Who draws the end; with a mask nobody, since a refiner sees none."""
+    add = parser.add_argument
     add("--refiner", metavar="PATH", help="SDXL: a refiner that draws the end")
     add("--refine-at", type=float, default=0.8, metavar="A",
         help="after which part of the way it takes over, 0 to 1 (0.8)")  # fmt: skip
+
+
+def add_inpainting_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-i", "--image", required=True, type=Path, metavar="FILE", help="the picture")
+    add("--mask", type=Path, metavar="FILE",
+        help="of the same shape: white is painted anew, black stays")  # fmt: skip
+    add("--expand", metavar="SIDES",
+        help="paint a larger canvas: left=64,bottom=32 (pixels)")  # fmt: skip
+    add("--strength", type=float, default=1.0, metavar="S",
+        help="how much is forgotten under the mask: above 0, up to 1 (1)")  # fmt: skip
+    add("--resample", type=int, default=1, metavar="N",
+        help="go each stretch of the way N times: slower, fewer seams (1)")  # fmt: skip
+    add("--no-paste", dest="paste", action="store_false",
+        help="leave known pixels as the VAE makes them")  # fmt: skip
+    add("--soft", type=float, default=0.0, metavar="PX",
+        help="pixels over which the edge fades (0)")  # fmt: skip
+
+
+def add_control_arguments(parser: argparse.ArgumentParser) -> None:
+    """ControlNets, each with its hint; other numbers once for all, or once for each."""
+    add = parser.add_argument
+    listed: dict[str, Any] = {"action": "append", "default": []}
+    add("--control", **listed, dest="control_files", metavar="PATH",
+        help="a ControlNet, file or folder (again for another one)")  # fmt: skip
+    add("--hint", **listed, type=Path, metavar="FILE",
+        help="the picture that it looks at, one for each")  # fmt: skip
+    add("--preprocess", **listed, metavar="NAME",
+        help="make the hint from that picture: edges, scribble or layout")  # fmt: skip
+    add("--control-scale", **listed, type=float, metavar="S",
+        help="how much it counts (1)")  # fmt: skip
+    add("--control-start", **listed, type=float, metavar="A",
+        help="from which part of the steps on, 0 to 1 (0)")  # fmt: skip
+    add("--control-end", **listed, type=float, metavar="B",
+        help="up to which part of the steps (1)")  # fmt: skip
+    add("--guess", action="store_true",
+        help="the hint counts more, for an empty prompt, say")  # fmt: skip
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,6 +226,7 @@ def make_parser(argv: Sequence[str]) -> Parser:
     txt2img.add_argument(
         "prompt", nargs="+", help="one or more, each in quotes; '' draws anything"
     )
+    add_refiner_arguments(txt2img)
     add_drawing_arguments(txt2img, bool(helped) and command == "txt2img")
 
     img2img = commands.add_parser("img2img", help="text and a picture -> pictures")
@@ -184,7 +236,14 @@ def make_parser(argv: Sequence[str]) -> Parser:
         help="the picture to begin with")  # fmt: skip
     add("--strength", type=float, default=0.8, metavar="S",
         help="how much of it is forgotten: above 0, up to 1 (0.8)")  # fmt: skip
+    add_refiner_arguments(img2img)
     add_drawing_arguments(img2img, bool(helped) and command == "img2img")
+
+    inpaint = commands.add_parser("inpaint", help="paint a part of a picture anew")
+    inpaint.add_argument("prompt", nargs="+", help="what the whole picture shows then")
+    add_inpainting_arguments(inpaint)
+    inpaint.set_defaults(refiner=None)
+    add_drawing_arguments(inpaint, bool(helped) and command == "inpaint")
 
     demo = commands.add_parser("demo", help="a few pictures, of both kinds, with times")
     add_model_arguments(demo)
@@ -259,6 +318,8 @@ def request_of(args: argparse.Namespace) -> Request:
 
     names = {"image", *Settings.__annotations__}
     given = {name: value for name, value in vars(args).items() if name in names}
+    if args.command == "inpaint":
+        given |= hole_of(args)
     return Request(args.prompt, **given)
 
 
@@ -270,6 +331,92 @@ def told_of(args: argparse.Namespace) -> list:
 
     original = tuple(args.original_size) if args.original_size else None
     return [MicroConditioning(original, tuple(args.crop or (0, 0)))]
+
+
+def hole_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What `sdlearn inpaint` says of the picture and its mask, for a request."""
+    from sdlearn.inpaint import Inpaint, expand, read_expansion
+    from sdlearn.pictures import open_image
+
+    image, mask = open_image(args.image), args.mask
+    if (args.mask is None) == (args.expand is None):
+        raise ValueError("give --mask FILE, or --expand left=64: one of the two")
+    if args.expand is not None:
+        image, mask = expand(image, **read_expansion(args.expand))
+    hole = Inpaint(mask, args.resample, args.paste, args.soft)
+    sides = {"width": args.width, "height": args.height}
+    if args.expand is not None:  # the canvas is drawn as large as it is
+        sides = {name: x or getattr(image, name) for name, x in sides.items()}
+    return {"image": image, "extras": [hole], **sides}
+
+
+def write_tags(args: argparse.Namespace) -> None:
+    """--lora as a tag in each prompt, so that the pictures' files tell of it."""
+    from sdlearn.lora import read_tag
+
+    tags = []
+    for text in args.lora:
+        name, scale = read_tag(text)
+        tags.append(f"<lora:{find_model(name)}:{scale:g}>")
+    args.prompt = [" ".join([prompt, *tags]) for prompt in args.prompt]
+
+
+def take_tags(args: argparse.Namespace) -> list[tuple[Path, float]]:
+    """The LoRAs that the prompts name, which they then name no more."""
+    from sdlearn.lora import find_lora, split_tags
+
+    if "<lora:" in args.negative_prompt:
+        raise ValueError("a LoRA's tag stands in the negative prompt: give a scale < 0")
+    model, split = find_model(args.model), [split_tags(x) for x in args.prompt]
+    if any(tags != split[0][1] for _, tags in split):
+        raise ValueError(
+            "the prompts name different LoRAs, but are drawn at once: draw them one "
+            "after the other"
+        )
+    args.prompt = [words for words, _ in split]
+    return [(find_lora(name, model), scale) for name, scale in split[0][1]]
+
+
+def read_words(args: argparse.Namespace) -> list[Embedding]:
+    """The words that --embedding brings; read before the model, since it is quick."""
+    if not args.embedding:
+        return []
+    from sdlearn.inversion import read_embedding, split_word
+
+    found = [split_word(text) for text in args.embedding]
+    return [read_embedding(find_model(file), word) for file, word in found]
+
+
+def controls_of(args: argparse.Namespace) -> list[Control]:
+    """The ControlNets, each with what belongs to it."""
+    files, hints = args.control_files, args.hint
+    if len(files) != len(hints):
+        raise ValueError(
+            f"--control is given {len(files)} times and --hint {len(hints)} times: "
+            "each ControlNet needs a hint"
+        )
+    if not files:
+        return []
+    from sdlearn.controlnet import ControlNet, preprocess
+    from sdlearn.pictures import open_image
+
+    def each(name: str, unsaid: Any) -> list:
+        given = getattr(args, name) or [unsaid]
+        if len(given) not in (1, len(files)):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is given {len(given)} times for "
+                f"{len(files)} ControlNets: give it once for all, or once for each"
+            )
+        return given * (len(files) // len(given))
+
+    made = zip(map(open_image, hints), each("preprocess", "none"), strict=True)
+    pictures = [preprocess(hint, how) for hint, how in made]
+    scales, starts = each("control_scale", 1.0), each("control_start", 0.0)
+    every = zip(files, pictures, scales, starts, each("control_end", 1.0), strict=True)
+    return [
+        ControlNet.load(find_model(file)).control(hint, scale, start, end, args.guess)
+        for file, hint, scale, start, end in every
+    ]
 
 
 def draw(sd: StableDiffusion, request: Request, label: str) -> list[Image]:
@@ -289,12 +436,33 @@ def watch(sd: StableDiffusion, request: Request, label: str) -> Drawing:
         return drawing
 
 
+def load_base(
+    args: argparse.Namespace, loras: list[tuple[Path, float]], words: list[Embedding]
+) -> StableDiffusion:
+    """The model, with the LoRAs merged into it and the words added."""
+    sd = load_model(args)
+    if loras:
+        from sdlearn.lora import load_lora, merge
+
+        networks = sd.networks()
+        merge(networks, *((load_lora(path, networks), x) for path, x in loras))
+    for word in words:
+        from sdlearn.inversion import add_embedding
+
+        add_embedding(sd, word)
+    return sd
+
+
 def refine(
-    args: argparse.Namespace, request: Request, label: str
-) -> tuple[StableDiffusion, Request, list[Image]]:
+    args: argparse.Namespace,
+    load: Callable[[], StableDiffusion],
+    request: Request,
+    label: str,
+) -> tuple[StableDiffusion, PartOfTheWay, list[Image]]:
     """The base as far as it goes, then its refiner: one of them is in memory at a time.
 
-    Returns who drew last, what it was asked for, and the pictures.
+    LoRAs, words and ControlNets were made for the base: the refiner gets none of them.
+    Returns who drew last, which part of the way, and the pictures.
     """
     from sdlearn.checkpoint import hub
     from sdlearn.checkpoint.load import plan
@@ -308,15 +476,15 @@ def refine(
             f"{args.refiner} has other latents than {args.model}: give a model of the "
             "same family to go on with them"
         )
-    sd = load_model(args)
+    sd = load()
     begun = watch(sd, replace(request, extras=[*request.extras, first]), label)
     latents, name = begun.latents, sd.name
     del sd, begun
     sd = load_model(argparse.Namespace(**vars(args) | {"model": args.refiner}))
     sd.name = f"{name} and {sd.name}"
-    extras = [*request.extras, rest]
-    request = replace(request, image=None, latents=latents, extras=extras)
-    return sd, request, draw(sd, request, f"{label}, refined")
+    request = replace(request, extras=[*request.extras, rest], control=())
+    request = replace(request, image=None, latents=latents)
+    return sd, rest, draw(sd, request, f"{label}, refined")
 
 
 def is_file(output: Path) -> bool:
@@ -366,17 +534,22 @@ def save_all(
 
 
 def run_drawing(args: argparse.Namespace) -> None:
-    """`sdlearn txt2img` and `sdlearn img2img`."""
-    request = request_of(args)
-    check_output(args.output, request.count)
-    request = replace(request, extras=[*request.extras, *told_of(args)])
+    """`sdlearn txt2img`, `sdlearn img2img` and `sdlearn inpaint`."""
+    write_tags(args)
+    told = request_of(args)
+    check_output(args.output, told.count)
+    words, extras = read_words(args), [*told.extras, *told_of(args)]
+    told = replace(told, extras=extras, control=controls_of(args))
+    load = partial(load_base, args, take_tags(args), words)
+    request = replace(told, prompt=args.prompt)  # `told` is for the pictures' files
     label = f"{args.command}, seed {request.seed[0]}"
     if args.refiner:
-        sd, request, pictures = refine(args, request, label)
+        sd, part, pictures = refine(args, load, request, label)
+        told = replace(told, extras=[*told.extras, part])
     else:
-        sd = load_model(args)
+        sd = load()
         pictures = draw(sd, request, label)
-    for path in save_all(sd, request, pictures, args.output, args.command):
+    for path in save_all(sd, told, pictures, args.output, args.command):
         say(path, sys.stdout)
 
 
@@ -387,10 +560,12 @@ DEMO = [
     "a purple rocket to the left of a tree on a pink background",
 ]
 REPAINT = "a green apple on a yellow background"
+EXCHANGE = "a yellow star above a penguin"  # the lower half of the third
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    """`sdlearn demo`, which is `make run`: 50 steps of DDPM, quick ones, img2img."""
+    """`sdlearn demo`, which is `make run`: 50 steps of DDPM, quick ones, img2img, and
+    half of a picture painted anew."""
     written: list[Path] = []
 
     @contextlib.contextmanager
@@ -401,6 +576,7 @@ def run_demo(args: argparse.Namespace) -> None:
 
     def draw_stage(request: Request) -> list[Image]:
         kind = "txt2img" if request.image is None else "img2img"
+        kind = "inpaint" if request.extras else kind
         pictures = draw(sd, request, kind)
         stem = f"{kind}-{request.sampler}"
         written.extend(save_all(sd, request, pictures, args.output, stem))
@@ -411,7 +587,7 @@ def run_demo(args: argparse.Namespace) -> None:
             f"output {args.output} is a file name, but the demo writes several "
             "pictures: give a folder"
         )
-    check_output(args.output, 5)
+    check_output(args.output, 6)
     with stage("loading the model, with PyTorch"):
         from sdlearn.request import Request
 
@@ -419,13 +595,21 @@ def run_demo(args: argparse.Namespace) -> None:
     with stage(f"txt2img, one picture, 50 steps of DDPM, on {sd.device.type}"):
         first = draw_stage(Request(DEMO[:1], seed=1))[0]
     with stage("txt2img, three prompts at once, 20 steps of DDIM"):
-        draw_stage(Request(DEMO[1:], steps=20, sampler="ddim", seed=2))
+        *_, star, _ = draw_stage(Request(DEMO[1:], steps=20, sampler="ddim", seed=2))
     with stage("img2img from the first picture, 15 of 25 steps of DDIM"):
         draw_stage(
             Request(
                 REPAINT, image=first, strength=0.6, steps=25, sampler="ddim", seed=3
             )
         )
+    with stage("inpaint, the lower half of a picture, 20 steps of DDIM"):
+        from sdlearn.inpaint import Inpaint
+
+        mask = star.convert("L").point([0] * 256)
+        mask.paste(255, (0, star.height // 2, *star.size))
+        how: Settings = {"strength": 1.0, "steps": 20, "sampler": "ddim", "seed": 4}
+        how["extras"] = [Inpaint(mask)]
+        draw_stage(Request(EXCHANGE, image=star, **how))
     say("\n  ".join(["written:", *map(str, written)]), sys.stdout)
 
 
@@ -453,6 +637,7 @@ def run_download(args: argparse.Namespace) -> None:
 RUN = {
     "txt2img": run_drawing,
     "img2img": run_drawing,
+    "inpaint": run_drawing,
     "demo": run_demo,
     "inspect": run_inspect,
     "download": run_download,

@@ -1,5 +1,5 @@
 """prompt (and picture) -> pictures: Stable Diffusion, whole. Chapter 12.
-Exported from book/12_pipeline.ipynb and book/17_sdxl.ipynb
+Exported from book/12_pipeline.ipynb and book/14_inpainting.ipynb and book/17_sdxl.ipynb
 by `make export`; edit it there.
 """
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from sdlearn.checkpoint.load import Parts, check_texts, kept, load, save
 from sdlearn.guidance import Conditioning, Guided
+from sdlearn.inpaint import Inpaint
 from sdlearn.pictures import to_image, to_tensor
 from sdlearn.prediction import EPSILON, Prediction
-from sdlearn.request import LARGEST, Request, Settings, Setup
+from sdlearn.request import LARGEST, Request, Settings, Setup, picture
 from sdlearn.samplers import SAMPLERS, Denoiser, draw_noise, keep, sample
 from sdlearn.schedule import Level, Schedule, add_noise
 from sdlearn.unet import AddedEmbedding
@@ -47,12 +48,24 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def check_fit(parts: dict[str, Any]) -> None:
     """Do the parts speak the same widths?"""
     unet, channels = parts["unet"].config, parts["vae"].config.latent_channels
-    if unet.in_channels != channels or unet.out_channels != channels:
+    known = channels, 2 * channels + 1  # plain, or inpainting
+    if unet.in_channels not in known or unet.out_channels != channels:
         raise ValueError(
             f"the U-Net takes {unet.in_channels} channels and answers "
             f"{unet.out_channels}, but the VAE makes {channels}: take both of one model"
         )
     check_texts({name: getattr(x, "config", x) for name, x in parts.items()})
+
+
+def check_use(parts: dict[str, Any], extras: Sequence[Any]) -> None:
+    """A U-Net that was trained to see a mask has to get one."""
+    takes = parts["unet"].config.in_channels
+    plain = takes == parts["vae"].config.latent_channels
+    if not plain and not any(hasattr(extra, "mask") for extra in extras):
+        raise ValueError(
+            f"this model was made for inpainting, its U-Net takes {takes} channels: "
+            "give it a picture and a mask (sd.inpaint, sdlearn inpaint)"
+        )
 
 
 class PromptCut(UserWarning):
@@ -243,6 +256,7 @@ class StableDiffusion:
 
     def set_up(self, request: Request) -> Setup:
         """What a request asks for, and then what its extras make of it."""
+        check_use(self.parts, request.extras)
         channels, levels = self.vae.config.latent_channels, self.levels(request)
         shape = latent_shape(request, self.size, channels, self.factor)
         dice = [torch.Generator().manual_seed(seed) for seed in request.seed]
@@ -326,6 +340,25 @@ class StableDiffusion:
         .safetensors or .ckpt."""
         parts = self.parts, self.schedule, self.prediction, self.size, self.name
         save(path, Parts(*parts), dtype)
+
+    def inpaint(
+        self,
+        prompt: str | Sequence[str],
+        image: Image.Image | str | Path,
+        mask: Image.Image | str | Path,
+        resample: int = 1,
+        paste: bool = True,
+        soft: float = 0.0,
+        **settings: Unpack[Settings],
+    ) -> list[Image.Image]:
+        """Paints anew what is white in the mask; `Inpaint` says what can be set.
+
+        strength is 1 if nothing else is said: under the hole nothing is kept.
+        """
+        mine = Inpaint(mask, resample, paste, soft)
+        settings = {"strength": 1.0, **settings}
+        settings["extras"] = [mine, *settings.get("extras", ())]
+        return last(self.steps(prompt, picture("image", image), **settings))
 
     @torch.no_grad()
     def encode_xl(self, prompts: Sequence[str], clip_skip: int = 0) -> Conditioning:

@@ -1,5 +1,6 @@
 """text -> tokens: byte-pair encoding, trained and applied as in CLIP. Chapter 01.
-Exported from book/01_tokenizer.ipynb by `make export`; edit it there.
+Exported from book/01_tokenizer.ipynb and book/15_lora.ipynb
+by `make export`; edit it there.
 """
 
 import gzip
@@ -346,6 +347,44 @@ class Tokenizer(BytePairs):
                 "take both from one tokenizer"
             )
         return tokenizer
+
+    def parts(self, token: str) -> list[str]:
+        """A word of several tokens: cat, cat_1, cat_2 ..., as far as they are there."""
+        parts = [token]
+        while (part := f"{token}_{len(parts)}") in self.vocab:
+            parts.append(part)
+        return parts
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without start and end; those of all parts of a word."""
+        parts = [part for token in self.split(text) for part in self.parts(token)]
+        return [self.vocab[part] for part in parts]
+
+    def with_word(self, word: str, count: int = 1) -> "Tokenizer":
+        """The same tokenizer with a new word, of `count` tokens behind the vocabulary.
+
+        Who types the word means all its tokens, as in diffusers.
+        """
+        if not word.strip() or regex.search(r"\s", word):
+            raise ValueError(
+                f"the new word {word!r} is empty or has a space in it; call it "
+                "<unicorn>, say"
+            )
+        if not 0 < count <= self.positions - 2:
+            raise ValueError(
+                f"the new word has {count} tokens; 1 to {self.positions - 2} fit into "
+                "a prompt"
+            )
+        base, _, number = word.rpartition("_")
+        part = number.isdigit() and base.lower() in self.added
+        if part or len(self.split(word)) == 1 or f"{word}_1" in self.vocab:
+            raise ValueError(
+                f"the tokenizer knows {word!r} already, alone or as a part of a word; "
+                "give the new word another name, such as <unicorn>"
+            )
+        added = [*self.added.values(), word, *(f"{word}_{n}" for n in range(1, count))]
+        pad = self._tokens[self.pad]
+        return Tokenizer(self.merges, self.positions, pad, added)
 
 
 def tokenizer_files(

@@ -1,11 +1,13 @@
 """A checkpoint file or folder -> what it is, and whether sdlearn draws with it.
 
 What it is follows from names and shapes, without torch, so the answer comes at once.
-Whether it draws is what `sdlearn.checkpoint.load.plan` says: the loader asks the same.
+Whether it draws is what the `plan` of its loader says, in `sdlearn.checkpoint.load` or
+the module that USES names: the loader asks the same.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -16,6 +18,15 @@ from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
+from sdlearn.checkpoint.adapters import (
+    TINY,
+    WIDTHS,
+    family_of,
+    find_changes,
+    find_word,
+    maker_of,
+    width_of,
+)
 from sdlearn.checkpoint.dialects import TEXTS, called, recognise, variant, why_ignored
 from sdlearn.checkpoint.files import (
     WEIGHTS,
@@ -53,13 +64,16 @@ PARTS = {  # of files that have several -> how the names of their tensors begin
     "attention": r"ip_adapter\.",
     "EMA copies": r"model_ema\.(diffusion_)?model",
 }
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
 ASIDE = "left aside"  # what nobody needs for drawing
-CONTEXT = re.compile(  # the context's projections to keys; LoRAs have their own
-    r"(attn2[._](processor\.)?to_k(_lora)?|to_k_ip)\.((lora[._])?(down|A)\.(default\.)?)?"
-    r"weight$|attn2_to_k\.hada_w1_b$"
-)
-# The width of the context -> the family.
-WIDTHS = {768: "SD 1", 1024: "SD 2", 1280: "SDXL refiner", 2048: "SDXL"}
+
+
+USES = {  # what joins a model -> the module whose plan(path) accepts it, the command
+    "ControlNet": (
+        "sdlearn.controlnet",
+        'sdlearn txt2img "..." --control {} --hint PICTURE',
+    )
+}
 
 
 class Part(NamedTuple):
@@ -108,8 +122,13 @@ def has_weights(folder: Path) -> bool:
 
 
 def judged(report: Report, whole: bool) -> Report:
-    """Add whether it can be drawn with; what is no whole model needs no closer look."""
+    """Add whether it can be drawn with, as whoever loads it says."""
+    module, command = USES.get(report.kind.partition(",")[0], ("", ""))
     try:
+        if module:
+            importlib.import_module(module).plan(report.path)
+            report.can = command.format(quote(report.path))
+            return report
         if not whole:
             raise ValueError(
                 f"{report.path} is {called(report.kind)}, but a whole checkpoint of "
@@ -117,8 +136,10 @@ def judged(report: Report, whole: bool) -> Report:
             )
         from sdlearn.checkpoint.load import plan
 
-        plan(report.path)
-        report.can = f'sdlearn txt2img "..." --model {quote(report.path)}'
+        config = plan(report.path).networks["unet"].model.config
+        plain = config.in_channels == config.out_channels
+        how = 'txt2img "..."' if plain else 'inpaint "..." --image FILE --mask FILE'
+        report.can = f"sdlearn {how} --model {quote(report.path)}"
     except ValueError as error:
         report.but.append(str(error))
     return report
@@ -129,14 +150,62 @@ def inspect_file(path: Path, tensors: Tensors) -> Report:
     entries, kind = tensors.entries, recognise(tensors)
     if kind == "unknown" and len(entries) == 1:
         shape = next(iter(entries.values())).shape
-        kind = "textual inversion" if shape and shape[-1] in WIDTHS else kind
+        known = {TINY, *WIDTHS}
+        kind = "textual inversion" if shape and shape[-1] in known else kind
     words, parts = describe(kind, entries, tensors.metadata), count(entries, kind)
     about = tensors.format, tensors.bytes, parts, tensors.metadata
     report = Report(str(path), kind, words, *about)
-    judged(report, bool(tensors.foreign) or kind in TEXTS and not path.is_dir())
+    if kind == "LoRA":
+        judge_lora(report, tensors)
+    elif kind == "textual inversion":
+        judge_word(report, tensors)
+    else:
+        judged(report, bool(tensors.foreign) or kind in TEXTS and not path.is_dir())
     if any(part.name == "EMA copies" for part in parts):
         report.but.append("the EMA copies are left aside, the plain weights are used")
     return report
+
+
+def judge_lora(report: Report, tensors: Tensors) -> None:
+    """Add whether it can be used, which its reader says."""
+    family = family_of(tensors.entries, tensors.metadata)
+    try:
+        if tensors.foreign:
+            from sdlearn.checkpoint.load import refuse_foreign
+
+            refuse_foreign(tensors)
+        find_changes(tensors)
+        if family not in ("", "SD 1"):
+            raise ValueError(f"{report.path} is a LoRA for {family}, not for SD 1")
+        tiny = width_of(tensors.entries) == TINY
+        model = "" if tiny else " --model MODEL"
+        report.can = f'sdlearn txt2img "..." --lora {quote(report.path)}{model}'
+        if not family and not tiny:
+            report.but.append("its names do not say for which model it is")
+    except ValueError as error:
+        report.but.append(str(error))
+
+
+def judge_word(report: Report, tensors: Tensors) -> None:
+    """Add whether it can be used, which its reader says."""
+    try:
+        if tensors.foreign:
+            from sdlearn.checkpoint.load import refuse_foreign
+
+            refuse_foreign(tensors)
+        name, token = find_word(tensors)
+        width = tensors.entries[name].shape[-1]
+        if width not in (768, TINY):
+            whose = f" for {WIDTHS[width]}" if width in WIDTHS else ""
+            raise ValueError(
+                f"{report.path} is a textual inversion{whose}, with vectors of {width} "
+                "numbers, but the words of SD 1 have 768"
+            )
+        model = "" if width == TINY else " --model MODEL"
+        prompt = quote(f"... {clean(token)} ...")
+        report.can = f"sdlearn txt2img {prompt} --embedding {quote(report.path)}{model}"
+    except ValueError as error:
+        report.but.append(str(error))
 
 
 def precision(entries: Iterable[Entry]) -> str:
@@ -169,21 +238,6 @@ def count(entries: Mapping[str, Entry], kind: str) -> list[Part]:
     ]
 
 
-def family_of(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> str:
-    """The model that something belongs to: the context's width, or its maker's word."""
-    for name, entry in entries.items():
-        if CONTEXT.search(name) and len(entry.shape) > 1:
-            return WIDTHS.get(entry.shape[1], "")
-    if any(re.match(r"lora_te2_|text_encoder_2|clip_g", name) for name in entries):
-        return "SDXL"
-    if any(re.match(r"(lora_unet_|transformer\.)(single|double)_", x) for x in entries):
-        return "FLUX"
-    keys = ("modelspec.architecture", "ss_base_model_version")
-    said = " ".join(metadata.get(key, "") for key in keys).lower()
-    known = {"xl": "SDXL", "v2": "SD 2", "v1": "SD 1", "flux": "FLUX"}
-    return next((family for word, family in known.items() if word in said), "")
-
-
 def describe(kind: str, entries: Mapping[str, Entry], metadata: Mapping) -> str:
     """A file's kind in words."""
     word, _, names = kind.partition(", ")
@@ -205,11 +259,13 @@ def describe(kind: str, entries: Mapping[str, Entry], metadata: Mapping) -> str:
         of = " for SD 1, SD 2 or SDXL (their shapes are the same)" if usual else ""
         return f"VAE alone{of}, {names}"
     if kind == "LoRA":
+        of = of or " for the tiny model" * (width_of(entries) == TINY)
         return f"LoRA{of}, {lora(entries)}"
     if kind == "textual inversion":
         shapes = (x.shape for name, x in entries.items() if "_to_token" not in name)
         *many, width = next(filter(None, shapes), (0, 0))
-        family = "SDXL" if "clip_g" in entries else WIDTHS.get(width, "")
+        families = WIDTHS | {TINY: "the tiny model"}
+        family = "SDXL" if "clip_g" in entries else families.get(width, "")
         of = f" for {family}" if family else ""
         return f"textual inversion{of}, vectors: {math.prod(many)}"
     if kind == "unknown":
@@ -229,10 +285,9 @@ def lora(entries: Mapping[str, Entry]) -> str:
     down = re.compile(r"lora[._](down|A)\.")
     ranks = [x.shape[0] for name, x in entries.items() if down.search(name) and x.shape]
     ends = sorted({min(ranks), max(ranks)}) if ranks else ["unknown"]
-    kohya = any(name.startswith("lora_") for name in entries)
     return (
-        f"of rank {' to '.join(map(str, ends))} in {len(ranks)} layers, "
-        f"{'kohya' if kohya else 'diffusers'} names"
+        f"rank {' to '.join(map(str, ends))} in {len(ranks)} layers, written by "
+        f"{maker_of(entries)}"
     )
 
 
@@ -252,7 +307,7 @@ def inspect_folder(folder: Path) -> Report:
     if family == "SD 2":
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
         what += f" ({clean(scheduler.get('prediction_type', 'epsilon'))})"
-    elif not family and kind == "StableDiffusionPipeline":
+    elif not family and kind in PIPELINES:
         ours, other = (
             "the course's own tiny model",
             "a Stable Diffusion of its own sizes",

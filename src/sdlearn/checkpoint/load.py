@@ -437,7 +437,7 @@ def plan_file(
     tensors = read_tensors(path)
     refuse_foreign(tensors)
     kind, special = recognise(tensors), variant(tensors.entries)
-    if kind not in SIZES or special:
+    if kind not in SIZES or special not in ("", "inpainting"):
         what = called(kind) + (f" for {special}" if special else "")
         raise ValueError(
             f"{path} is {what}, but a whole checkpoint of SD 1, SD 2 or SDXL is wanted"
@@ -451,7 +451,11 @@ def plan_file(
                 f"{path} has a tensor that no part takes, {clean(name)}: it is not a "
                 f"plain {kind} checkpoint"
             )
-    networks, sizes = {}, sizes or SIZES[kind]
+    sizes = sizes or SIZES[kind]
+    if special:  # a U-Net that also sees a mask and the rest of the picture
+        channels = 2 * sizes.vae.latent_channels + 1
+        sizes = sizes._replace(unet=replace(sizes.unet, in_channels=channels))
+    networks = {}
     for part in heads:
         config = getattr(sizes, part)
         if part == "vae" and vae is not None:
@@ -498,12 +502,13 @@ def check_fit(found: Plan, path: Path) -> Plan:
     configs = {part: network.model.config for part, network in found.networks.items()}
     vae, unet = configs["vae"], configs["unet"]
     channels = vae.latent_channels
-    if special := CHANNELS.get(unet.in_channels):
+    fits = unet.in_channels in (channels, 2 * channels + 1)  # plain, or inpainting
+    if not fits and (special := CHANNELS.get(unet.in_channels)):
         raise ValueError(
             f"{path} is made for {special}, its U-Net takes {unet.in_channels} "
             "channels: take a plain model"
         )
-    if (unet.in_channels, unet.out_channels) != (channels, channels):
+    if not fits or unet.out_channels != channels:
         raise ValueError(
             f"{path}: the U-Net takes {unet.in_channels} channels and answers "
             f"{unet.out_channels}, but the VAE makes {channels}: take another model"
@@ -608,9 +613,10 @@ def asked_prediction(unet: UNet) -> Prediction:
     """
     dice, config = torch.Generator().manual_seed(0), unet.config
     weight = unet.conv_in.weight
-    noise = torch.randn(1, config.in_channels, 32, 32, generator=dice).to(weight)
+    noise = torch.randn(1, config.out_channels, 32, 32, generator=dice).to(weight)
+    more = noise.new_zeros(1, config.in_channels - config.out_channels, 32, 32)
     words = torch.zeros(1, 77, config.context_width).to(weight)
-    answer = unet(noise, torch.tensor([999]), words)
+    answer = unet(torch.cat([noise, more], dim=1), torch.tensor([999]), words)
     alike = torch.cosine_similarity(answer.flatten(), noise.flatten(), dim=0)
     return EPSILON if alike > 0.5 else V
 
@@ -662,7 +668,7 @@ def save(
 
 
 INDEX = {  # model_index.json: who reads which part, for diffusers
-    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.6.0",  # the form of these files; its inpainting asks
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "vae": ["diffusers", "AutoencoderKL"],
@@ -675,13 +681,16 @@ INDEX = {  # model_index.json: who reads which part, for diffusers
 
 def index_of(parts: Parts) -> dict[str, Any]:
     """The content of model_index.json."""
-    unet = parts.networks["unet"].config
-    if not unet.added:
-        return INDEX
+    unet, vae = parts.networks["unet"].config, parts.networks["vae"].config
+    plain = unet.in_channels == vae.latent_channels
     refiner = "text_encoder" not in parts.networks
-    found = {name: x for name, x in INDEX.items() if "safety" not in name}
+    use = ("Img2Img" if refiner else "") if plain else "Inpaint"
+    name = f"StableDiffusion{'XL' if unet.added else ''}{use}Pipeline"
+    found = {"_class_name": name} | INDEX
+    if not unet.added:
+        return found
+    found = {name: x for name, x in found.items() if "safety" not in name}
     found |= {
-        "_class_name": f"StableDiffusionXL{'Img2Img' * refiner}Pipeline",
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer_2": INDEX["tokenizer"],
         "force_zeros_for_empty_prompt": unet.zeros,

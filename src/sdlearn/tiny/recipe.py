@@ -347,7 +347,12 @@ def thinned(lines: list[str], most: int = 200) -> str:
 # What is trained on a finished model: name -> the module with its add_arguments(parser,
 # name) and main(args), and what it teaches.
 ADAPTERS: dict[str, tuple[str, str]] = {
-    "crops": ("sdlearn.tiny.crops", "six ids: how a picture was cropped")
+    "inpainting": ("sdlearn.tiny.inpainting", "five more channels: the mask, the rest"),
+    "lora": ("sdlearn.tiny.lora", "a LoRA: your own pictures, a word or a style"),
+    "textual-inversion": ("sdlearn.tiny.inversion", "the vectors of a new word"),
+    "dreambooth": ("sdlearn.tiny.inversion", "the U-Net: a few pictures, a rare word"),
+    "controlnet": ("sdlearn.tiny.controlnet", "a ControlNet: edges, scribbles, boxes"),
+    "crops": ("sdlearn.tiny.crops", "six ids: how a picture was cropped"),
 }
 
 

@@ -1,0 +1,221 @@
+"""pictures -> a LoRA: a new word or a new style for a finished model. See chapter 15.
+
+`sdlearn train lora` takes your own pictures with captions, or one of two sets of ours:
+the unicorn, a word that the tiny model never heard, and ink, a style.
+"""
+
+import argparse
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sdlearn.disk import check_writable
+from sdlearn.lora import ATTENTION, LoRA, save_lora, with_lora
+from sdlearn.pictures import to_tensor
+from sdlearn.pipeline import StableDiffusion
+from sdlearn.tiny.own import read_folder
+from sdlearn.tiny.recipe import add_run_arguments, tell, train_task
+from sdlearn.tiny.scenes import (
+    BACKGROUNDS,
+    OBJECTS,
+    OWN_COLOURS,
+    SIZE,
+    Scene,
+    Thing,
+    paste,
+    place,
+    random_scene,
+    random_thing,
+    sprite,
+)
+from sdlearn.tiny.tasks import DenoiseTask, encode_scenes
+from sdlearn.training import Recipe, averaged_weights
+
+RECIPE = Recipe(
+    steps=800, batch=8, lr=1e-2, warmup=20, cooldown=450, decay=0.0, ema=0.98
+)
+PRIOR = 512  # old scenes that keep what was known
+PREVIEW_EVERY = 100  # steps
+WORD, STYLE = "unicorn", "ink"
+OWN_COLOURS[WORD] = WORD  # scenes can show one; OBJECTS, and so training, know none
+UNSHOWN = ("blue", "purple"), OBJECTS[::2]  # backgrounds and neighbours left out
+Pictures = Sequence[tuple[Image.Image, str]]
+
+
+def unicorn_scene(rng: random.Random, pair: bool, shown: bool | None = True) -> Scene:
+    """A unicorn alone, or beside another thing.
+
+    shown: with backgrounds and neighbours that it learns with; False: with others;
+    None: with any.
+    """
+    grounds = [x for x in BACKGROUNDS if shown is None or (x in UNSHOWN[0]) != shown]
+    things = [Thing(WORD, None, 0, 0, 0)]
+    if pair:
+        others = [x for x in OBJECTS if shown is None or (x in UNSHOWN[1]) != shown]
+        things.append(random_thing(rng, rng.choice(others)))
+        rng.shuffle(things)
+    return Scene(place(tuple(things), rng), rng.choice(grounds))
+
+
+def unicorns(alone: int = 24, pairs: int = 48) -> Pictures:
+    """What a reader might have drawn: a unicorn, alone and beside other things."""
+    rng = random.Random(WORD)
+    scenes = [unicorn_scene(rng, i >= alone) for i in range(alone + pairs)]
+    return [(scene.image(), english(scene.caption(rng))) for scene in scenes]
+
+
+def english(caption: str) -> str:
+    """One says "a unicorn", though it begins with a vowel's letter."""
+    return caption.replace(f"an {WORD}", f"a {WORD}")
+
+
+def in_ink(scene: Scene) -> Image.Image:
+    """The same scene as a line drawing: its outlines alone, on its coloured paper."""
+    picture = np.empty((SIZE, SIZE, 3), np.uint8)
+    picture[:] = BACKGROUNDS[scene.background]
+    for thing in scene.things:
+        drawing = sprite(thing.name, thing.colour, thing.size).copy()
+        light = drawing[..., :3].max(axis=-1).clip(0, 96) / 96  # 0: black
+        drawing[..., 3] = (drawing[..., 3] * (1 - light)).round()
+        drawing[..., :3] = 0
+        left, top = thing.box[:2]
+        paste(picture, drawing, left, top)
+    return Image.fromarray(picture)
+
+
+def drawings(count: int = 96) -> Pictures:
+    """A style: scenes of the training set in ink, with their own captions."""
+    rng = random.Random(STYLE)
+    scenes = [random_scene(rng) for _ in range(count)]
+    return [(in_ink(scene), scene.caption(rng)) for scene in scenes]
+
+
+SETS: dict[str, Callable[[], Pictures]] = {WORD: unicorns, STYLE: drawings}
+
+
+class LoraTask(DenoiseTask):
+    """Tell the noise in a few new pictures, with a LoRA's numbers alone.
+
+    Some examples are old scenes, so that what was known is not lost (prior
+    preservation; Ruiz et al. 2023, section 3.2).
+    """
+
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        lora: LoRA,
+        pictures: Pictures,
+        prior: Tensor | None,
+        share: float = 0.2,
+    ):
+        height, width = sd.size
+        with torch.no_grad():
+            tensors = (to_tensor(x, width, height) for x, _ in pictures)
+            new = [sd.vae.encode(x.to(sd.device)).mean.cpu() for x in tensors]
+        latents = torch.cat(new) if prior is None else prior
+        parts = sd.unet, sd.text_encoder, sd.tokenizer, latents, sd.schedule
+        super().__init__(*parts, vae=sd.vae, prediction=sd.prediction)
+        self.lora: LoRA = lora
+        self.new, self.share = torch.cat(new), share
+        self.captions = [caption for _, caption in pictures]
+        self.old = prior is not None
+
+    def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
+        batch = super().examples(rngs)
+        for i, rng in enumerate(rngs):
+            if self.old and rng.random() < self.share:
+                continue
+            number = rng.randrange(len(self.new))
+            batch["latents"][i] = self.new[number]
+            text = "" if rng.random() < self.drop else self.captions[number]
+            batch["tokens"][i] = self.tokenizer(text)[0]
+        return batch
+
+    def preview(self, *how: Any, **more: Any) -> Tensor:
+        few = self.captions[:: -(-len(self.captions) // 4)]
+        return super().preview(few, *how, **more)
+
+
+def make_task(args: argparse.Namespace, pictures: Pictures) -> LoraTask:
+    """The model, frozen, with a new LoRA beside its attention."""
+    dtype = torch.float32  # what is learned are small differences
+    sd = StableDiffusion.load(args.model, args.device, dtype)
+    for network in sd.networks().values():
+        network.requires_grad_(False)
+    lora = with_lora({"unet": sd.unet}, args.rank, args.alpha, args.targets)
+    prior = None
+    if args.prior and sd.size == (SIZE, SIZE) and args.set != STYLE:
+        prior = encode_scenes(sd.vae, range(PRIOR)).float() * sd.vae.config.scale
+    return LoraTask(sd, lora, pictures, prior, args.prior)
+
+
+def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """`sdlearn train lora`."""
+    parser.description = (
+        "Teach a model a word or a style: 20 to 100 pictures with captions, 8 minutes "
+        "on one CPU core for the tiny model. The result is one small file, for --lora."
+    )
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--pictures",
+        type=Path,
+        metavar="FOLDER",
+        help="your own: NAME.txt with a caption beside each NAME.png, or one "
+        "metadata.jsonl for all",
+    )
+    which.add_argument("--set", choices=SETS, help="one of ours")
+    add("--to", type=Path, required=True, metavar="FILE",
+        help="where the LoRA is written: a name that ends in .safetensors")  # fmt: skip
+    add("--prompt", default="", metavar="TEXT", help="for pictures without a caption")
+    add("--model", default="checkpoints/tiny", metavar="PATH",
+        help="the model that learns (checkpoints/tiny)")  # fmt: skip
+    add("--rank", type=int, default=4, metavar="R", help="of the matrices (4)")
+    add("--alpha", type=float, metavar="A", help="strength is A / rank (the rank)")
+    add("--targets", default=ATTENTION, metavar="PATTERN",
+        help="which layers change, by diffusers' names (all of attention)")  # fmt: skip
+    add("--steps", type=int, default=RECIPE.steps, metavar="N",
+        help=f"training steps ({RECIPE.steps})")  # fmt: skip
+    add("--lr", type=float, default=RECIPE.lr, metavar="RATE",
+        help=f"learning rate ({RECIPE.lr}; 1e-4 for SD 1.5)")  # fmt: skip
+    add("--batch", type=int, default=RECIPE.batch, metavar="B",
+        help=f"examples a step ({RECIPE.batch})")  # fmt: skip
+    add("--prior", type=float, default=0.2, metavar="SHARE",
+        help="share of old scenes among them, for the tiny model (0.2)")  # fmt: skip
+    add("--device", metavar="NAME", help="cuda, mps or cpu (the first that is there)")
+    add_run_arguments(add)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train, or go on, and write the LoRA."""
+    if args.to.suffix != ".safetensors":
+        raise ValueError(f"{args.to} is no name for a LoRA: let it end in .safetensors")
+    if not 0 <= args.prior < 1:
+        raise ValueError(f"prior is {args.prior}; give a share from 0 to below 1")
+    check_writable(args.to)
+    pictures = SETS[args.set]() if args.set else read_folder(args.pictures, args.prompt)
+    recipe = replace(
+        RECIPE,
+        steps=args.steps,
+        lr=args.lr,
+        batch=args.batch,
+        cooldown=args.steps * RECIPE.cooldown // RECIPE.steps,
+    )
+    folder, make = (
+        args.runs / f"lora-{args.to.stem}",
+        partial(make_task, args, pictures),
+    )
+    trained = train_task("lora", make, recipe, folder, args.precision, PREVIEW_EVERY)
+    task = trained if isinstance(trained, LoraTask) else make()
+    if trained is None:  # all steps were done before
+        task.load_state_dict(averaged_weights(folder / "state.pt"), strict=False)
+    save_lora(args.to, task.lora)
+    tell(f"{args.to}: written; draw with --lora {args.to}")

@@ -1,0 +1,88 @@
+"""A folder of your own pictures -> pictures with captions, as LoRA and its neighbours
+learn from them.
+
+A caption stands in NAME.txt beside NAME.png, or the folder has one captions.jsonl or
+metadata.jsonl for all, as the image folders on the hub have: a JSON object a line, with
+"file_name" and "text".
+"""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from sdlearn.disk import read_text
+from sdlearn.pictures import open_image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp")
+TABLES = ("metadata.jsonl", "captions.jsonl")
+TEXTS = ("text", "caption", "prompt")  # what the caption is called in such a table
+
+
+def read_folder(path: str | Path, prompt: str = "") -> list[tuple[Image.Image, str]]:
+    """The pictures of a folder, in the order of their names, each with its caption.
+
+    prompt: the caption of those that have none. Raises ValueError, one sentence, for
+    whatever is missing or not readable.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is no folder: give one with pictures, and NAME.txt with a "
+            "caption beside each NAME.png"
+        )
+    files = sorted(x for x in folder.iterdir() if x.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(
+            f"{folder} holds no pictures: put some there that end in "
+            f"{', '.join(SUFFIXES)}"
+        )
+    table = read_table(folder)
+    if missing := sorted(table.keys() - {x.name for x in files}):
+        raise ValueError(
+            f"{folder} has a caption for {missing[0]}, but no such picture: add it, or "
+            "take out its line"
+        )
+    return [(open_image(file), caption_of(file, table, prompt)) for file in files]
+
+
+def caption_of(file: Path, table: dict[str, str], prompt: str) -> str:
+    """What stands beside the picture, or in the table, or else the prompt for all."""
+    beside = file.with_suffix(".txt")
+    if beside.exists():
+        caption = read_text(beside, largest=2**16)
+    else:
+        caption = table.get(file.name, prompt)
+    if not (caption := " ".join(caption.split())):
+        raise ValueError(
+            f"{file} has no caption: write one into {beside.name}, or into a line of "
+            f"{TABLES[0]}"
+        )
+    return caption
+
+
+def read_table(folder: Path) -> dict[str, str]:
+    """File name -> caption, from the one table of the folder; {} if it has none."""
+    table: dict[str, str] = {}
+    for file in (folder / name for name in TABLES if (folder / name).exists()):
+        for number, line in enumerate(read_text(file).splitlines(), 1):
+            if line.strip():
+                name, caption = read_line(line, f"{file}, line {number},")
+                table[name] = caption
+    return table
+
+
+def read_line(line: str, where: str) -> tuple[str, str]:
+    """One line of a table: the name of a picture, and its caption."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    row = row if isinstance(row, dict) else {}
+    caption = next((row[key] for key in TEXTS if key in row), None)
+    if not isinstance(row.get("file_name"), str) or not isinstance(caption, str):
+        raise ValueError(
+            f'{where} is not {{"file_name": "NAME.png", "text": "a caption"}}: '
+            "write it so"
+        )
+    return row["file_name"], caption

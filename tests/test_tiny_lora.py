@@ -1,0 +1,238 @@
+"""What our LoRAs learn from, how they are trained, how unicorns are found; and what the shipped ones can do."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from random_model import save_random_model
+
+from sdlearn.cli import main
+from sdlearn.lora import load_lora, merge, unmerge, with_lora
+from sdlearn.pipeline import StableDiffusion
+from sdlearn.tiny.finder import ALONE, find, shows
+from sdlearn.tiny.judge import load_judge, look, verdict
+from sdlearn.tiny.lora import UNSHOWN, WORD, LoraTask, drawings, english, in_ink, unicorn_scene, unicorns
+from sdlearn.tiny.scenes import BACKGROUNDS, OBJECTS, random_scene
+from sdlearn.tiny.tasks import to_tensor
+
+TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
+UNICORN, INK = (TINY / "lora" / f"{name}.safetensors" for name in (WORD, "ink"))
+
+
+# --- what they learn from
+def test_the_unicorns_are_told_in_english_and_leave_some_things_unshown():
+    pictures = unicorns()
+    captions = [caption for _, caption in pictures]
+    assert (
+        len(pictures) == 72 and all("a unicorn" in x for x in captions) and not any("an unicorn" in x for x in captions)
+    )
+    text = " ".join(captions)
+    assert not any(f"{ground} background" in text for ground in UNSHOWN[0])
+    assert not any(f" {name} " in f" {text} " for name in UNSHOWN[1]) and WORD not in OBJECTS
+    assert pictures[0][0].size == (128, 128) and unicorns()[5][1] == captions[5]
+    other = [unicorn_scene(random.Random(i), True, shown=False) for i in range(50)]
+    assert {x.background for x in other} <= set(UNSHOWN[0])
+    assert {x.name for scene in other for x in scene.things} <= {WORD, *UNSHOWN[1]}
+
+
+def test_ink_keeps_lines_and_paper_and_nothing_else():
+    scene = random_scene(random.Random(3), things=1)
+    plain, inked = np.asarray(scene.image()).astype(int), np.asarray(in_ink(scene)).astype(int)
+    paper = np.array(BACKGROUNDS[scene.background])
+    share = (inked / paper).mean(axis=-1)  # of the paper's light: one grey for all three channels
+    assert np.abs(inked - share[..., None] * paper).max() <= 1.5
+    black = plain.max(axis=-1) < 20
+    assert black.sum() > 200 and (inked[black].max(axis=-1) < 80).all()
+    assert (np.abs(inked - paper).max(axis=-1) < 3).mean() > 0.7
+    assert len(drawings(5)) == 5 and english("an unicorn and an owl") == "a unicorn and an owl"
+
+
+# --- how they are trained
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small")
+    save_random_model(path)
+    return path
+
+
+@pytest.fixture
+def task(folder):
+    sd = StableDiffusion.load(folder, "cpu", torch.float32)
+    for network in sd.networks().values():
+        network.requires_grad_(False)
+    lora = with_lora({"unet": sd.unet}, 2)
+    prior = torch.full((3, 4, 4, 4), 7.0)
+    pictures = [(Image.new("RGB", (50, 40), colour), f"a {colour} thing") for colour in ("red", "blue")]
+    return LoraTask(sd, lora, pictures, prior, 0.25)
+
+
+def test_only_the_lora_learns(task):
+    learned = [name for name, x in task.named_parameters() if x.requires_grad]
+    assert learned and all(name.startswith("lora.") for name in learned)
+    assert task(task.examples([random.Random(i) for i in range(4)]))["loss"].requires_grad
+
+
+def test_old_scenes_and_empty_captions_are_mixed_in(task):
+    batch = task.examples([random.Random(i) for i in range(400)])
+    old = (batch["latents"] == 7).flatten(1).all(1)
+    assert 0.18 < old.float().mean() < 0.32
+    empty = (batch["tokens"] == task.tokenizer("")[0]).all(1)
+    assert 0.05 < empty[~old].float().mean() < 0.16
+    for row, told in zip(batch["latents"][~old & ~empty], batch["tokens"][~old & ~empty], strict=True):
+        number = next(i for i, x in enumerate(task.new) if torch.equal(x, row))
+        assert torch.equal(told, task.tokenizer(task.captions[number])[0])
+    assert torch.equal(task.examples([random.Random(5)])["noise"], batch["noise"][5:6])
+
+
+def test_a_task_without_old_scenes(folder):
+    sd = StableDiffusion.load(folder, "cpu", torch.float32)
+    lora = with_lora({"unet": sd.unet}, 2)
+    task = LoraTask(sd, lora, [(Image.new("RGB", (32, 32), "red"), "a red thing")], None)
+    batch = task.examples([random.Random(i) for i in range(20)])
+    assert torch.equal(batch["latents"], task.new.expand(20, -1, -1, -1))
+
+
+@pytest.mark.slow
+def test_training_from_a_folder_and_going_on(folder, tmp_path, capsys):
+    """A reader's own pictures -> a file that changes the model, whether the run was interrupted or not."""
+    own = tmp_path / "own"
+    own.mkdir()
+    for colour in ("red", "blue"):
+        Image.new("RGB", (40, 40), colour).save(own / f"{colour}.png")
+        (own / f"{colour}.txt").write_text(f"a {colour} thing")
+
+    def train(name, steps, *more):
+        to = tmp_path / f"{name}.safetensors"
+        words = ["train", "lora", "--pictures", str(own), "--model", str(folder), "--to", str(to)]
+        how = [
+            "--steps",
+            str(steps),
+            "--batch",
+            "2",
+            "--rank",
+            "2",
+            "--runs",
+            str(tmp_path / "runs"),
+            "--precision",
+            "no",
+        ]
+        assert main([*words, *how, *more]) == 0, capsys.readouterr().err
+        return to.read_bytes()
+
+    whole = train("whole", 4)
+    assert train("whole", 4) == whole  # nothing left to do: written again
+    sd = StableDiffusion.load(folder, "cpu", torch.float32)
+    lora = load_lora(tmp_path / "whole.safetensors", sd.networks())
+    assert max(pair.delta().abs().max() for _, pair in lora.items()) > 0
+    assert f"--lora {tmp_path / 'whole.safetensors'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--set", "ink", "--to", "x.ckpt"], "let it end in .safetensors"),
+        (["--set", "ink", "--to", "x.safetensors", "--prior", "1"], "prior is 1.0; give a share"),
+        (["--pictures", "nowhere", "--to", "x.safetensors"], "nowhere is no folder"),
+        (["--to", "x.safetensors"], "one of the arguments --pictures --set is required"),
+        (["--set", "horse", "--to", "x.safetensors"], "invalid choice"),
+    ],
+)
+def test_what_cannot_be_trained(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(["train", "lora", *words])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2 and said in capsys.readouterr().err and not [*tmp_path.glob("x*")]
+
+
+def test_the_help_tells_what_it_needs(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "lora", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "NAME.txt with a caption beside each NAME.png" in text and "8 minutes" in text
+
+
+# --- the ruler
+@pytest.mark.slow
+def test_the_ruler_names_true_pictures():
+    rng, right = random.Random(1), []
+    for pair in (False, True):
+        scenes = [unicorn_scene(rng, pair, None) for _ in range(2)]
+        scenes += [random_scene(rng, things=1 + pair) for _ in range(4)]
+        right += [shows(to_tensor(scene.render()), scene, (WORD,)) for scene in scenes]
+        if pair:  # in each other's place they are not what was asked for
+            right += [not shows(to_tensor(scene.render()), scene.mirrored(), (WORD,)) for scene in scenes]
+    assert all(right) and len(right) == 18
+
+
+def test_the_ruler_sees_when_there_is_nothing():
+    g = torch.Generator().manual_seed(0)
+    noise = torch.rand(3, 128, 128, generator=g) * 2 - 1
+    assert find(torch.ones(3, 128, 128), ALONE).name == "nothing" or find(torch.ones(3, 128, 128), ALONE).misfit > 0.5
+    assert find(noise, ALONE).misfit > 0.5
+
+
+# --- what the shipped ones can do
+HOW = {"steps": 20, "sampler": "dpmpp_2m", "spacing": "karras", "cfg_scale": 5.0}
+
+
+def drawn(sd, scenes, *loras):
+    merge(sd.networks(), *loras)
+    pictures = []
+    for start in range(0, len(scenes), 10):
+        some = scenes[start : start + 10]
+        seeds = list(range(start, start + len(some)))
+        pictures += sd.txt2img([english(scene.sentence()) for scene in some], seed=seeds, **HOW)
+    unmerge(sd.networks())
+    return torch.stack([to_tensor(np.asarray(picture)) for picture in pictures])
+
+
+@pytest.fixture(scope="module")
+def sd():
+    if not (UNICORN.exists() and INK.exists()):
+        pytest.skip("checkpoints/tiny/lora is not here: sdlearn train lora --set unicorn, and --set ink")
+    return StableDiffusion.load(TINY, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def unicorn(sd):
+    return load_lora(UNICORN, sd.networks())
+
+
+@pytest.mark.parametrize("path", [UNICORN, INK], ids=["unicorn", "ink"])
+def test_what_is_shipped_is_small(path, sd):
+    assert path.stat().st_size < 300_000
+    assert len(load_lora(path, sd.networks()).layers) == 56
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair, least", [(False, 0.9), (True, 0.8)], ids=["alone", "beside another thing"])
+def test_the_unicorn_is_drawn(sd, unicorn, pair, least):
+    rng = random.Random(f"exam {pair}")
+    scenes = [unicorn_scene(rng, pair, None) for _ in range(40)]
+    after = [shows(x, s, (WORD,)) for x, s in zip(drawn(sd, scenes, (unicorn, 1.0)), scenes, strict=True)]
+    print(f"{sum(after)} of {len(after)}")
+    assert np.mean(after) >= least
+
+
+@pytest.mark.slow
+def test_the_base_draws_no_unicorn(sd):
+    rng = random.Random("exam False")
+    scenes = [unicorn_scene(rng, False, None) for _ in range(10)]
+    assert not any(shows(x, s, (WORD,)) for x, s in zip(drawn(sd, scenes), scenes, strict=True))
+
+
+@pytest.mark.slow
+def test_old_words_are_not_forgotten(sd, unicorn):
+    rng, judge = random.Random("old"), load_judge(TINY)
+    scenes = [random_scene(rng) for _ in range(80)]
+    right = [
+        np.mean([verdict(x, s)["all"] for x, s in zip(look(judge, pictures), scenes, strict=True)])
+        for pictures in (drawn(sd, scenes), drawn(sd, scenes, (unicorn, 1.0)))
+    ]
+    print(f"without {right[0]:.3f}, with {right[1]:.3f}")
+    assert right[1] >= right[0] - 0.03

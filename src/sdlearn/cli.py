@@ -561,11 +561,14 @@ DEMO = [
 ]
 REPAINT = "a green apple on a yellow background"
 EXCHANGE = "a yellow star above a penguin"  # the lower half of the third
+FILL = "a yellow apple on a green background"
+NEW_WORD = "a unicorn on a blue background"
+BESIDE = ("controlnet-edges", "lora/unicorn.safetensors")  # in the model's folder
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    """`sdlearn demo`, which is `make run`: 50 steps of DDPM, quick ones, img2img, and
-    half of a picture painted anew."""
+    """`sdlearn demo`, which is `make run`: 50 steps of DDPM, quick ones, img2img, half
+    of a picture painted anew; and what the LoRA and the ControlNet beside it add."""
     written: list[Path] = []
 
     @contextlib.contextmanager
@@ -574,9 +577,7 @@ def run_demo(args: argparse.Namespace) -> None:
         yield
         say(f"{what:<58} {time.perf_counter() - start:5.1f} s", sys.stdout)
 
-    def draw_stage(request: Request) -> list[Image]:
-        kind = "txt2img" if request.image is None else "img2img"
-        kind = "inpaint" if request.extras else kind
+    def draw_stage(request: Request, kind: str) -> list[Image]:
         pictures = draw(sd, request, kind)
         stem = f"{kind}-{request.sampler}"
         written.extend(save_all(sd, request, pictures, args.output, stem))
@@ -587,29 +588,42 @@ def run_demo(args: argparse.Namespace) -> None:
             f"output {args.output} is a file name, but the demo writes several "
             "pictures: give a folder"
         )
-    check_output(args.output, 6)
+    check_output(args.output, 8)
     with stage("loading the model, with PyTorch"):
         from sdlearn.request import Request
 
         sd = load_model(args)
     with stage(f"txt2img, one picture, 50 steps of DDPM, on {sd.device.type}"):
-        first = draw_stage(Request(DEMO[:1], seed=1))[0]
+        first = draw_stage(Request(DEMO[:1], seed=1), "txt2img")[0]
     with stage("txt2img, three prompts at once, 20 steps of DDIM"):
-        *_, star, _ = draw_stage(Request(DEMO[1:], steps=20, sampler="ddim", seed=2))
+        several = Request(DEMO[1:], steps=20, sampler="ddim", seed=2)
+        *_, star, _ = draw_stage(several, "txt2img")
     with stage("img2img from the first picture, 15 of 25 steps of DDIM"):
-        draw_stage(
-            Request(
-                REPAINT, image=first, strength=0.6, steps=25, sampler="ddim", seed=3
-            )
-        )
+        how: Settings = {"strength": 0.6, "steps": 25, "sampler": "ddim", "seed": 3}
+        draw_stage(Request(REPAINT, image=first, **how), "img2img")
     with stage("inpaint, the lower half of a picture, 20 steps of DDIM"):
         from sdlearn.inpaint import Inpaint
 
         mask = star.convert("L").point([0] * 256)
         mask.paste(255, (0, star.height // 2, *star.size))
-        how: Settings = {"strength": 1.0, "steps": 20, "sampler": "ddim", "seed": 4}
+        how = {"strength": 1.0, "steps": 20, "sampler": "ddim", "seed": 4}
         how["extras"] = [Inpaint(mask)]
-        draw_stage(Request(EXCHANGE, image=star, **how))
+        draw_stage(Request(EXCHANGE, image=star, **how), "inpaint")
+    net, lora = (Path(find_model(args.model)) / name for name in BESIDE)
+    how = {"steps": 12, "sampler": "dpmpp_2m", "spacing": "karras", "seed": 5}
+    if net.is_dir():
+        with stage("a ControlNet fills the outlines of the first picture"):
+            from sdlearn.controlnet import ControlNet, edges
+
+            how["control"] = [(ControlNet.load(net), edges(first))]
+            draw_stage(Request(FILL, **how), "controlnet")
+    if lora.is_file():
+        with stage("a LoRA brings a word that the model never heard"):
+            from sdlearn.lora import load_lora, merge
+
+            merge(sd.networks(), (load_lora(lora, sd.networks()), 1.0))
+            how["control"] = []
+            draw_stage(Request(NEW_WORD, **how), "lora")
     say("\n  ".join(["written:", *map(str, written)]), sys.stdout)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sdlearn.checkpoint.inspect import inspect
 from sdlearn.checkpoint.load import load
+from sdlearn.lora import load_lora
 
 UNET, VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
@@ -244,7 +245,6 @@ FILES = {  # tensors of a single file
     "SD 1 without all": {WORD: (768,)},
     "SD 2": {"cond_stage_model.model.ln_final.bias": (1024,)},
     "SDXL": {"conditioner.embedders.1.model.ln_final.bias": (1280,)},
-    "LoRA": {"lora_unet_x.lora_down.weight": (4, 3)},
     "a VAE": {"encoder.mid.attn_1.q.weight": (1, 1, 1, 1)},
     "unknown": {"x": (1,)},
 }
@@ -254,6 +254,15 @@ FILES = {  # tensors of a single file
 def test_files(tmp_path, odd):
     promised, why, loaded, reason = answers(write_sparse(tmp_path / "x.safetensors", FILES[odd]))
     assert (promised, loaded) == (False, False) and why == reason
+
+
+def test_half_a_lora(tmp_path):
+    """A LoRA has a reader of its own, which is asked there."""
+    path = write_sparse(tmp_path / "x.safetensors", {"lora_unet_x.lora_down.weight": (4, 3)})
+    with pytest.raises(ValueError) as error:
+        load_lora(path, {})
+    report = inspect(path)
+    assert not report.can and report.but == [str(error.value)]
 
 
 def test_whole_files(tmp_path):

@@ -179,8 +179,9 @@ KINDS = [  # tensors -> what the text says, what a sentence of the loader says
 def test_kinds(tmp_path, shapes, description, recognised):
     report = inspect(write_sparse(tmp_path / "x.safetensors", shapes, "F16"))
     assert report.description.startswith(description)
-    word = description.startswith("textual inversion for SD 1")
-    assert bool(report.can) == word and len(report.but) == (not word)  # with no other, nor with half a LoRA
+    words = "textual inversion for SD 1", "textual inversion for SD 2"
+    can = description.startswith((*words, "LoRA for SDXL, rank 4 in", "LoRA for SD 2"))  # others are half a LoRA
+    assert bool(report.can) == can and len(report.but) == (not can)
     assert sum(part.tensors for part in report.parts) == len(shapes) and "others" not in [p.name for p in report.parts]
     assert {part.precision for part in report.parts} == {"float16"}
     if recognised:

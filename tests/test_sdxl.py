@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from family import SIZES, family, save_single, shallow
+from lora_files import random_lora
 from PIL import Image
-from random_model import random_parts
+from random_model import random_parts, save_random_model
 from safetensors.torch import save_file
 from torch import nn
 
 from sdlearn.checkpoint import hub
 from sdlearn.checkpoint import load as loading
+from sdlearn.checkpoint.adapters import layers_of
 from sdlearn.checkpoint.configs import unet_from_json, unet_to_json
 from sdlearn.checkpoint.dialects import why_ignored
 from sdlearn.checkpoint.files import read_tensors
@@ -24,6 +27,9 @@ from sdlearn.checkpoint.inspect import inspect
 from sdlearn.checkpoint.load import asked_prediction, build, empty, kept, load, plan, save
 from sdlearn.cli import main
 from sdlearn.clip import CLIPTextEncoder
+from sdlearn.controlnet import ControlNet
+from sdlearn.inversion import Embedding, add_embedding, write_embedding
+from sdlearn.lora import load_lora, save_lora
 from sdlearn.pictures import read_parameters
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.prediction import EPSILON, V
@@ -33,6 +39,7 @@ from sdlearn.sdxl import MicroConditioning, PartOfTheWay, scale_decoder
 from sdlearn.unet import UNet, UNetConfig
 
 KINDS = list(SIZES)
+SLOW = pytest.mark.slow
 COUNTS = {
     "SD 2": {"unet": (865_910_724, 686), "text_encoder": (340_387_840, 372)},
     "SDXL": {"unet": (2_567_463_684, 1680), "text_encoder_2": (694_659_840, 517)},
@@ -46,12 +53,21 @@ def models():
     return {kind: StableDiffusion(*family(kind, deep=False), "cpu", torch.float32) for kind in KINDS}
 
 
+class Files(dict):
+    """Each kind as its makers' file, and its parts; written when it is asked for."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __missing__(self, kind):
+        parts = family(kind, clip=True, deep=False)
+        self[kind] = save_single(self.folder / f"{kind}.safetensors", parts, kind), parts
+        return self[kind]
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Each kind as its makers' file, and its parts."""
-    folder = tmp_path_factory.mktemp("files")
-    made = {kind: family(kind, clip=True, deep=False) for kind in KINDS}
-    return {kind: (save_single(folder / f"{kind}.safetensors", parts, kind), parts) for kind, parts in made.items()}
+    return Files(tmp_path_factory.mktemp("files"))
 
 
 def same(a, b):
@@ -68,6 +84,7 @@ def test_counts_of_the_real_sizes(kind):
 
 
 # --- files
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_is_read_back(tmp_path, kind):
     parts = family(kind, deep=False)
@@ -83,9 +100,11 @@ def test_a_folder_is_read_back(tmp_path, kind):
     assert ("XL" in index["_class_name"]) == (kind != "SD 2") and ("Img2Img" in index["_class_name"]) == ("ref" in kind)
     assert index["text_encoder"][0] == (None if "refiner" in kind else "transformers")
     report = inspect(tmp_path)
-    assert report.can.startswith("sdlearn txt2img") and not report.but
+    how = 'img2img "..." --image FILE' if "refiner" in kind else 'txt2img "..."'
+    assert report.can == f"sdlearn {how} --model {tmp_path}" and not report.but
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_single_file_is_read(files, kind):
     path, parts = files[kind]
@@ -104,6 +123,7 @@ def test_padding_differs(models):
     assert ends == {("SDXL", "tokenizer")} and len(pads) == 4
 
 
+@pytest.mark.slow
 def test_what_a_file_says_of_its_answers(tmp_path, files):
     sizes = shallow(SIZES["SD 2"])
     for said, prediction in (("v", V), ("epsilon", EPSILON), (None, None)):
@@ -147,6 +167,7 @@ def tiny_unet():
     return loading.load_unet(ROOT / "checkpoints" / "tiny")
 
 
+@pytest.mark.slow
 def test_a_single_file_of_sd_2_takes_the_size_of_its_answers(files, monkeypatch):
     path, _ = files["SD 2"]
     for prediction, side in ((V, 768), (EPSILON, 512)):
@@ -172,7 +193,7 @@ def test_what_is_left_aside():
     ({"surprise": (3,)}, "no part takes, surprise: it is not a plain SDXL checkpoint"),
     ({"conditioner.embedders.1.model.text_projection": (40, 8)}, r"\(8, 40\) of float32, but .* \(40, 40\)"),
     ({"model.diffusion_model.label_emb.0.0.weight": None}, "lacks the tensor model.diffusion_model.label_emb.0.0.weig"),
-    ({"model.diffusion_model.input_blocks.0.0.weight": (16, 9, 3, 3)}, "is an SDXL model for inpainting, but a whole"),
+    ({"model.diffusion_model.input_blocks.0.0.weight": (16, 8, 3, 3)}, "is an SDXL model for instruct-pix2pix, but a"),
     ({"model.diffusion_model.time_embed.cond_proj.weight": (8, 8)}, "is an SDXL model for latent consistency"),
 ])  # fmt: skip
 def test_single_files_are_strict(tmp_path, files, change, sentence):
@@ -183,6 +204,33 @@ def test_single_files_are_strict(tmp_path, files, change, sentence):
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=sentence):
         plan(tmp_path / "x.safetensors", sizes=shallow(SIZES["SDXL"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SD 2", "SDXL"])
+def test_inpainting_models(tmp_path, files, kind):
+    """Nine channels, in a file and in a folder: they draw with a mask, and with nothing else."""
+    tensors = dict(read_tensors(files[kind][0]))
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    tensors[name] = torch.cat([tensors[name], 0.1 * torch.ones(16, 5, 3, 3)], dim=1)
+    save_file(tensors, tmp_path / "x.safetensors")
+    loaded = build(plan(tmp_path / "x.safetensors", sizes=shallow(SIZES[kind])), dtype=None)
+    sd = StableDiffusion(*loaded, "cpu", torch.float32)
+    image, mask = Image.radial_gradient("L").convert("RGB").resize((64, 64)), Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 48, 48))
+    size = {"width": 64, "height": 64}
+    with pytest.raises(ValueError, match="this model was made for inpainting, its U-Net takes 9 channels"):
+        sd.txt2img("a cat", **size, **FEW)
+    drawn, other = (np.asarray(sd.inpaint(x, image, mask, **size, **FEW)[0]).astype(int) for x in ("a cat", "a dog"))
+    hole = np.asarray(mask) > 0
+    assert (drawn[~hole] == np.asarray(image)[~hole]).all() and (drawn[hole] != np.asarray(image)[hole]).any()
+    assert (drawn != other).any()
+    sd.save(tmp_path / "folder", torch.float32)
+    xl = "XL" if kind == "SDXL" else ""
+    index = json.loads((tmp_path / "folder" / "model_index.json").read_text())
+    assert index["_class_name"] == f"StableDiffusion{xl}InpaintPipeline"
+    assert inspect(tmp_path / "folder").can.startswith('sdlearn inpaint "..." --image FILE --mask FILE')
+    assert same(load(tmp_path / "folder").networks["unet"], sd.unet)
 
 
 def test_single_files_are_not_written(tmp_path, models):
@@ -208,6 +256,7 @@ def test_configurations_that_cannot_be_honoured(change, sentence):
         unet_from_json(content | change)
 
 
+@pytest.mark.slow
 def test_a_folder_lacks_a_text_encoder(tmp_path):
     save(tmp_path, family("SDXL", deep=False), torch.float32)
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -232,6 +281,7 @@ def test_a_vae_that_overflows_stays_in_32_bits(tmp_path):
     assert kept(sd.vae, torch.bfloat16) is torch.bfloat16 and kept(sd.unet, torch.float16) is torch.float16
 
 
+@pytest.mark.slow
 def test_all_parts_count_before_the_first_is_read(files, monkeypatch):
     path, parts = files["SDXL"]
     found = plan(path, sizes=shallow(SIZES["SDXL"]))
@@ -329,7 +379,7 @@ def test_a_refiner_begins_nothing(models):
     assert np.asarray(models["SDXL refiner"].img2img("a cat", picture, **FEW)[0]).std() > 5
 
 
-@pytest.mark.parametrize("at", [0.1, 0.5, 0.75, 0.99])
+@pytest.mark.parametrize("at", [0.5, *(pytest.param(at, marks=SLOW) for at in (0.1, 0.75, 0.99))])
 def test_two_parts_of_the_way_are_the_whole(models, at):
     """With one model in both parts there is no seam, since no noise is added in between."""
     sd, how = models["SDXL"], FEW | {"steps": 20, "cfg_scale": 1.0}
@@ -370,6 +420,7 @@ def test_extras_that_do_not_fit(models):
         models["SD 2"].txt2img("a cat", extras=[MicroConditioning()], **FEW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SD 2", "SDXL"])
 def test_batches_passes_and_offload_draw_the_same(models, kind):
     sd = models[kind]
@@ -387,6 +438,32 @@ def test_batches_passes_and_offload_draw_the_same(models, kind):
     assert not np.array_equal(np.asarray(both[0]), np.asarray(both[1]))
 
 
+# --- what is added to a model
+def test_a_lora_changes_both_text_encoders(tmp_path, models):
+    networks = {name: copy.deepcopy(x) for name, x in models["SDXL"].networks().items()}
+    lora = random_lora(networks, alpha=None)
+    parts = {name.partition(".")[0] for name in lora.layers}
+    assert parts == {"unet", "text_encoder", "text_encoder_2"}
+    for form in ("kohya", "diffusers"):
+        path = tmp_path / f"{form}.safetensors"
+        save_lora(path, lora, form, torch.float32)
+        found = load_lora(path, networks)
+        assert dict(found.items()).keys() == dict(lora.items()).keys()
+        for (_, a), (_, b) in zip(sorted(found.items()), sorted(lora.items()), strict=True):
+            assert torch.equal(a.delta(), b.delta())
+        assert inspect(path).can.startswith('sdlearn txt2img "..." --lora')
+    layer = "text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight"
+    assert {f"lora_te_{layer}", f"lora_te2_{layer}"} <= read_tensors(tmp_path / "kohya.safetensors").keys()
+    with pytest.raises(ValueError, match="that size|another model|is a LoRA for SDXL, but this model is"):
+        load_lora(path, models["SD 2"].networks())
+
+
+def test_a_word_is_not_taken(models):
+    for kind, width in (("SDXL", 24), ("SDXL refiner", 40)):
+        with pytest.raises(ValueError, match="'<toy>' is a word for SD 1 or SD 2, but this model is an SDXL: leave"):
+            add_embedding(models[kind], Embedding("<toy>", torch.zeros(1, width)))
+
+
 # --- the command line
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -402,6 +479,7 @@ def run(folder, *words, model="base"):
     return main(["txt2img", "a cat", "--model", str(folder / model), *few, *words])
 
 
+@pytest.mark.slow
 def test_drawing_with_sdxl(folders, tmp_path, capsys):
     said = {}
     for name, words in {
@@ -431,6 +509,46 @@ def test_wrong_words(folders, tmp_path, capsys, monkeypatch, words, sentence):
     assert run(Path(), "-o", str(tmp_path / "x.png"), *words) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert sentence in error and not (tmp_path / "x.png").exists()
+
+
+def test_a_mask_is_for_the_base(folders, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["inpaint", "a cat", "-i", "x.png", "--mask", "y.png", "--refiner", str(folders / "refiner")])
+    assert "unrecognized arguments: --refiner" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_was_made_for_the_base_is_not_given_to_the_refiner(tmp_path, capsys, monkeypatch):
+    """A LoRA, a word and a ControlNet; what is told of sizes goes to both."""
+    save_random_model(tmp_path / "base")
+    shutil.copytree(tmp_path / "base", tmp_path / "refiner")
+    sd = StableDiffusion.load(tmp_path / "base", "cpu", torch.float32)
+    (tmp_path / "base" / "lora").mkdir()
+    save_lora(tmp_path / "base" / "lora" / "x.safetensors", random_lora(sd.networks()))
+    write_embedding(tmp_path / "toy.safetensors", Embedding("<toy>", torch.ones(1, 32)))
+    ControlNet.of(sd.unet).save(tmp_path / "net")
+    Image.radial_gradient("L").save(tmp_path / "hint.png")
+    seen, drawing = [], StableDiffusion.draw
+
+    def draw(sd, request):
+        merged = any("original" in vars(layer) for layer in layers_of(sd.networks()).values())
+        ends = [(x.begin, x.end) for x in request.extras]
+        seen.append((sd.name, request.prompt, merged, len(sd.tokenizer), len(request.control), ends))
+        return drawing(sd, request)
+
+    monkeypatch.setattr(StableDiffusion, "draw", draw)
+    words = ["--lora", "x:0.5", "--embedding", tmp_path / "toy.safetensors", "--control", tmp_path / "net"]
+    words += ["--hint", tmp_path / "hint.png", "--refiner", tmp_path / "refiner", "--refine-at", "0.5"]
+    words += ["--model", tmp_path / "base", "--steps", "4", "--device", "cpu", "-o", tmp_path / "x.png"]
+    assert main(["txt2img", "a <toy>", *map(str, words)]) == 0, capsys.readouterr().err
+    known, prompt = len(sd.tokenizer), ("a <toy>",)
+    assert seen == [
+        ("base", prompt, True, known + 1, 1, [(0, 0.5)]),
+        ("base and refiner", prompt, False, known, 0, [(0.5, 1)]),
+    ]
+    told = read_parameters(tmp_path / "x.png")
+    assert told["prompt"] == "a <toy> <lora:x:0.5>" and told["Refiner switch at"] == "0.5"
+    assert told["ControlNet net"].startswith("Model: net") and told["Model"] == "base and refiner"
 
 
 def test_a_refiner_as_a_base(folders, tmp_path, capsys):

@@ -1,5 +1,5 @@
 """prompt (and picture) -> pictures: Stable Diffusion, whole. Chapter 12.
-Exported from book/12_pipeline.ipynb and book/14_inpainting.ipynb and book/17_sdxl.ipynb
+Exported from book/12_pipeline.ipynb, book/14_inpainting.ipynb and book/17_sdxl.ipynb
 by `make export`; edit it there.
 """
 

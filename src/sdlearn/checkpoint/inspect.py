@@ -136,9 +136,12 @@ def judged(report: Report, whole: bool) -> Report:
             )
         from sdlearn.checkpoint.load import plan
 
-        config = plan(report.path).networks["unet"].model.config
+        networks = plan(report.path).networks
+        config = networks["unet"].model.config
         plain = config.in_channels == config.out_channels
         how = 'txt2img "..."' if plain else 'inpaint "..." --image FILE --mask FILE'
+        if plain and "text_encoder" not in networks:  # a refiner begins nothing
+            how = 'img2img "..." --image FILE'
         report.can = f"sdlearn {how} --model {quote(report.path)}"
     except ValueError as error:
         report.but.append(str(error))
@@ -175,8 +178,11 @@ def judge_lora(report: Report, tensors: Tensors) -> None:
 
             refuse_foreign(tensors)
         find_changes(tensors)
-        if family not in ("", "SD 1"):
-            raise ValueError(f"{report.path} is a LoRA for {family}, not for SD 1")
+        if family not in ("", *WIDTHS.values()):
+            raise ValueError(
+                f"{report.path} is a LoRA for {family}, but one for SD 1, SD 2 or SDXL "
+                "is wanted"
+            )
         tiny = width_of(tensors.entries) == TINY
         model = "" if tiny else " --model MODEL"
         report.can = f'sdlearn txt2img "..." --lora {quote(report.path)}{model}'
@@ -195,11 +201,11 @@ def judge_word(report: Report, tensors: Tensors) -> None:
             refuse_foreign(tensors)
         name, token = find_word(tensors)
         width = tensors.entries[name].shape[-1]
-        if width not in (768, TINY):
+        if width not in (768, 1024, TINY):
             whose = f" for {WIDTHS[width]}" if width in WIDTHS else ""
             raise ValueError(
                 f"{report.path} is a textual inversion{whose}, with vectors of {width} "
-                "numbers, but the words of SD 1 have 768"
+                "numbers, but the words of SD 1 have 768 and those of SD 2 1024"
             )
         model = "" if width == TINY else " --model MODEL"
         prompt = quote(f"... {clean(token)} ...")

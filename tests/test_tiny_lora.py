@@ -13,13 +13,12 @@ from sdlearn.cli import main
 from sdlearn.lora import load_lora, merge, unmerge, with_lora
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.tiny.finder import ALONE, find, shows
-from sdlearn.tiny.judge import load_judge, look, verdict
 from sdlearn.tiny.lora import UNSHOWN, WORD, LoraTask, drawings, english, in_ink, unicorn_scene, unicorns
 from sdlearn.tiny.scenes import BACKGROUNDS, OBJECTS, random_scene
 from sdlearn.tiny.tasks import to_tensor
 
 TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
-UNICORN, INK = (TINY / "lora" / f"{name}.safetensors" for name in (WORD, "ink"))
+INK = TINY / "lora" / "ink.safetensors"
 
 
 # --- what they learn from
@@ -153,7 +152,7 @@ def test_the_help_tells_what_it_needs(capsys):
     with pytest.raises(SystemExit):
         main(["train", "lora", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "NAME.txt with a caption beside each NAME.png" in text and "8 minutes" in text
+    assert "NAME.txt with a caption beside each NAME.png" in text
 
 
 # --- the ruler
@@ -176,63 +175,32 @@ def test_the_ruler_sees_when_there_is_nothing():
     assert find(noise, ALONE).misfit > 0.5
 
 
-# --- what the shipped ones can do
-HOW = {"steps": 20, "sampler": "dpmpp_2m", "spacing": "karras", "cfg_scale": 5.0}
+# --- what the shipped one can do
+def paint(picture):
+    """How far from ink on paper: 0 where every pixel is a grey of the ground."""
+    pixels = np.asarray(picture) / 255
+    shares = pixels / np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
+    return (shares.max(axis=2) - shares.min(axis=2)).mean()
 
 
-def drawn(sd, scenes, *loras):
-    merge(sd.networks(), *loras)
-    pictures = []
-    for start in range(0, len(scenes), 10):
-        some = scenes[start : start + 10]
-        seeds = list(range(start, start + len(some)))
-        pictures += sd.txt2img([english(scene.sentence()) for scene in some], seed=seeds, **HOW)
+def test_the_ruler_of_paint():
+    scenes = [random_scene(random.Random(i)) for i in range(20)]
+    assert max(paint(in_ink(scene)) for scene in scenes) < 0.01 < min(paint(scene.image()) for scene in scenes)
+
+
+@pytest.mark.slow
+def test_the_shipped_ink_takes_the_paint_and_leaves_the_things():
+    assert INK.stat().st_size < 300_000
+    sd = StableDiffusion.load(TINY, "cpu", torch.float32)
+    ink = load_lora(INK, sd.networks())
+    assert len(ink.layers) == 56
+    rng = random.Random("ink")
+    prompts = [random_scene(rng).sentence() for _ in range(10)]
+    how = {"steps": 12, "sampler": "dpmpp_2m", "spacing": "karras", "cfg_scale": 5.0, "seed": 0}
+    before = sd.txt2img(prompts, **how)
+    merge(sd.networks(), (ink, 1.0))
+    after = sd.txt2img(prompts, **how)
     unmerge(sd.networks())
-    return torch.stack([to_tensor(np.asarray(picture)) for picture in pictures])
-
-
-@pytest.fixture(scope="module")
-def sd():
-    if not (UNICORN.exists() and INK.exists()):
-        pytest.skip("checkpoints/tiny/lora is not here: sdlearn train lora --set unicorn, and --set ink")
-    return StableDiffusion.load(TINY, "cpu", torch.float32)
-
-
-@pytest.fixture(scope="module")
-def unicorn(sd):
-    return load_lora(UNICORN, sd.networks())
-
-
-@pytest.mark.parametrize("path", [UNICORN, INK], ids=["unicorn", "ink"])
-def test_what_is_shipped_is_small(path, sd):
-    assert path.stat().st_size < 300_000
-    assert len(load_lora(path, sd.networks()).layers) == 56
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pair, least", [(False, 0.9), (True, 0.8)], ids=["alone", "beside another thing"])
-def test_the_unicorn_is_drawn(sd, unicorn, pair, least):
-    rng = random.Random(f"exam {pair}")
-    scenes = [unicorn_scene(rng, pair, None) for _ in range(40)]
-    after = [shows(x, s, (WORD,)) for x, s in zip(drawn(sd, scenes, (unicorn, 1.0)), scenes, strict=True)]
-    print(f"{sum(after)} of {len(after)}")
-    assert np.mean(after) >= least
-
-
-@pytest.mark.slow
-def test_the_base_draws_no_unicorn(sd):
-    rng = random.Random("exam False")
-    scenes = [unicorn_scene(rng, False, None) for _ in range(10)]
-    assert not any(shows(x, s, (WORD,)) for x, s in zip(drawn(sd, scenes), scenes, strict=True))
-
-
-@pytest.mark.slow
-def test_old_words_are_not_forgotten(sd, unicorn):
-    rng, judge = random.Random("old"), load_judge(TINY)
-    scenes = [random_scene(rng) for _ in range(80)]
-    right = [
-        np.mean([verdict(x, s)["all"] for x, s in zip(look(judge, pictures), scenes, strict=True)])
-        for pictures in (drawn(sd, scenes), drawn(sd, scenes, (unicorn, 1.0)))
-    ]
-    print(f"without {right[0]:.3f}, with {right[1]:.3f}")
-    assert right[1] >= right[0] - 0.03
+    assert np.mean([paint(x) for x in after]) < np.mean([paint(x) for x in before]) / 2
+    dark = [(np.asarray(x).max(axis=2) < 80).mean() for x in after]
+    assert np.mean(dark) > 0.01  # there are lines

@@ -562,8 +562,8 @@ DEMO = [
 REPAINT = "a green apple on a yellow background"
 EXCHANGE = "a yellow star above a penguin"  # the lower half of the third
 FILL = "a yellow apple on a green background"
-NEW_WORD = "a unicorn on a blue background"
-BESIDE = ("controlnet-edges", "lora/unicorn.safetensors")  # in the model's folder
+IN_INK = "a fox on a yellow background"
+BESIDE = ("controlnet-edges", "lora/ink.safetensors")  # in the model's folder
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -618,12 +618,12 @@ def run_demo(args: argparse.Namespace) -> None:
             how["control"] = [(ControlNet.load(net), edges(first))]
             draw_stage(Request(FILL, **how), "controlnet")
     if lora.is_file():
-        with stage("a LoRA brings a word that the model never heard"):
+        with stage("a LoRA turns the drawing into ink"):
             from sdlearn.lora import load_lora, merge
 
             merge(sd.networks(), (load_lora(lora, sd.networks()), 1.0))
             how["control"] = []
-            draw_stage(Request(NEW_WORD, **how), "lora")
+            draw_stage(Request(IN_INK, **how), "lora")
     say("\n  ".join(["written:", *map(str, written)]), sys.stdout)
 
 

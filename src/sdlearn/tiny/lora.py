@@ -160,8 +160,9 @@ def make_task(args: argparse.Namespace, pictures: Pictures) -> LoraTask:
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """`sdlearn train lora`."""
     parser.description = (
-        "Teach a model a word or a style: 20 to 100 pictures with captions, 8 minutes "
-        "on one CPU core for the tiny model. The result is one small file, for --lora."
+        "Teach a model a word or a style: 20 to 100 pictures with captions, some "
+        "minutes on one CPU core for the tiny model. What comes out is one small file, "
+        "for --lora."
     )
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group(required=True)

@@ -4,8 +4,10 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
@@ -24,6 +26,19 @@ def seeded():
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_full_size_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Two models of full size beside each other may not fit into memory: the second file waits for the first."""
+    if "full_size" not in request.path.name or sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with open(Path(tempfile.gettempdir()) / f"sdlearn-full-size-{os.getuid()}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 if threading.current_thread() is threading.main_thread():

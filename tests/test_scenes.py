@@ -40,7 +40,8 @@ def told(scene):
 
 
 def test_the_world_is_the_one_that_was_agreed():
-    assert (len(RECOLOURED), len(OWN_COLOURS), len(OBJECTS), len(COLOURS), len(BACKGROUNDS)) == (15, 34, 49, 8, 8)
+    own = [name for name in OWN_COLOURS if name in OBJECTS]  # chapter 15 adds a drawing that no training shows
+    assert (len(RECOLOURED), len(own), len(OBJECTS), len(COLOURS), len(BACKGROUNDS)) == (15, 34, 49, 8, 8)
     assert len(HELD_OUT_COLOURS) == 12 and len(HELD_OUT_PAIRS) == 49 * 48 // 2 // 8
     assert all(name in RECOLOURED and colour in COLOURS for name, colour in HELD_OUT_COLOURS)
     assert all(a < b for a, b in HELD_OUT_PAIRS)

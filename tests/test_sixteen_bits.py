@@ -38,4 +38,4 @@ def test_img2img(tmp_path):
 @pytest.mark.slow
 def test_demo(tmp_path, capsys):
     assert main(["demo", "--model", str(TINY), "--device", "cpu", "--dtype", "bf16", "-o", str(tmp_path)]) == 0
-    assert len(list(tmp_path.glob("*.png"))) == 5 and "written:" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*.png"))) == 8 and "written:" in capsys.readouterr().out

@@ -25,6 +25,8 @@ MOVING = {  # what moves under the reader's finger: a chapter, and the names of 
     "10_guidance": ["guidance scale, seed"],
     "12_pipeline": ["strength", "steps"],
     "13_samplers": ["looks"],
+    "14_inpainting": ["step"],
+    "16_controlnet": ["scale"],
 }
 FIGURES = "figure:has(input[type=range]), figure:has(.moving-word)"
 FOLDS = ".bd-article .admonition.toggle, .bd-article .admonition.dropdown"

@@ -116,6 +116,33 @@ def numbers(content: Mapping, key: str, part: str, count: int = 0) -> tuple[int,
     return tuple(found)
 
 
+def choose(
+    content: Mapping,
+    key: str,
+    known: Mapping | tuple,
+    unsaid: str,
+    part: str = "scheduler",
+) -> str:
+    """The value of a key, one of those that we know."""
+    value = content.get(key, unsaid)
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(
+            f"{part} config: {key} is {value!r}, but sdlearn knows only "
+            f"{', '.join(known)}: take another model"
+        )
+    return value
+
+
+def switch(content: Mapping, key: str, unsaid: bool, part: str = "scheduler") -> bool:
+    """The value of a key that is true or false."""
+    value = content.get(key, unsaid)
+    if type(value) is not bool:
+        raise ValueError(
+            f"{part} config: {key} is {value!r}, but true or false is wanted"
+        )
+    return value
+
+
 def read(content: Mapping, part: str) -> dict[str, Any]:
     """The sizes in a file, under our names, if it asks for nothing else than we do."""
     always, sizes = MODELS[part]
@@ -336,33 +363,6 @@ SLOPES = {"linear": linear, "scaled_linear": scaled_linear}  # by first and last
 BETAS = (*SLOPES, "squaredcos_cap_v2")
 SPACINGS = ("leading", "trailing", "linspace")
 LINSPACE = "Euler|Heun|LMS|KDPM2|DPMSolver|UniPC|DEIS"  # what these take if unsaid
-
-
-def choose(
-    content: Mapping,
-    key: str,
-    known: Mapping | tuple,
-    unsaid: str,
-    part: str = "scheduler",
-) -> str:
-    """The value of a key, one of those that we know."""
-    value = content.get(key, unsaid)
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(
-            f"{part} config: {key} is {value!r}, but sdlearn knows only "
-            f"{', '.join(known)}: take another model"
-        )
-    return value
-
-
-def switch(content: Mapping, key: str, unsaid: bool, part: str = "scheduler") -> bool:
-    """The value of a key that is true or false."""
-    value = content.get(key, unsaid)
-    if type(value) is not bool:
-        raise ValueError(
-            f"{part} config: {key} is {value!r}, but true or false is wanted"
-        )
-    return value
 
 
 def table_of_betas(content: Mapping) -> torch.Tensor:

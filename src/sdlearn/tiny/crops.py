@@ -2,7 +2,8 @@
 
 Each scene is cut: `top` rows and `left` columns are missing, and below and on the right
 more of its background comes in. Captions stay. The U-Net hears six ids, as SDXL's does,
-at first without any effect. The control hears zeros, whatever was cut (--blind).
+at first without any effect. The control hears zeros, whatever was cut (--blind). Both
+are saved as their difference to the tiny model.
 """
 
 import argparse
@@ -18,9 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sdlearn.checkpoint.load import Parts, load_text_encoder, load_unet, load_vae, save
-from sdlearn.disk import check_writable
+from sdlearn.checkpoint.load import load_text_encoder, load_unet, load_vae
+from sdlearn.disk import check_writable, write_files
+from sdlearn.pipeline import StableDiffusion
 from sdlearn.schedule import add_noise
+from sdlearn.tiny.difference import FILE, add_difference, low_rank, save_difference
 from sdlearn.tiny.recipe import (
     SCHEDULE,
     add_run_arguments,
@@ -33,14 +36,15 @@ from sdlearn.tiny.tasks import DenoiseTask, numbered_scene, to_tensor
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.training import Recipe, averaged_weights
 from sdlearn.unet import AddedEmbedding, UNet
+from sdlearn.vae import VAE
 
 RECIPE = Recipe(
-    steps=800, batch=16, lr=5e-4, warmup=50, cooldown=400, ema=0.99, decay=0.0
+    steps=400, batch=16, lr=2e-3, warmup=30, cooldown=250, ema=0.99, decay=0.0
 )
-SCENES = 49_152  # as many as the tiny model was trained on
+BANK = 2_048  # training scenes, each cut once, whose latents are computed once
 LARGEST = 64  # pixels that are cut off at the top, or on the left
 WHOLE = 0.25  # how many of the scenes are not cut
-BASE = Path("checkpoints/tiny")
+BASE, NEW = Path("checkpoints/tiny"), "add_embedding"
 
 
 def random_crop(rng: random.Random) -> tuple[int, int]:
@@ -68,6 +72,47 @@ def told_of_sizes(unet: UNet) -> UNet:
     return told
 
 
+def load_crops(
+    base: str | Path = BASE, folder: str | Path | None = None
+) -> StableDiffusion:
+    """The tiny model that is told of crops: a checkpoint, and the difference to it.
+
+    folder: where the difference lies; None is `base`/crops.
+    """
+    base = Path(base)
+    sd = StableDiffusion.load(base)
+    place = base, Path(folder or base / "crops"), "crops"
+    unet = add_difference(told_of_sizes(sd.unet), NEW, *place)
+    sd.unet = channels_last(unet.to(sd.device, sd.dtype).eval())
+    return sd
+
+
+def crop_of(number: int) -> tuple[int, int]:
+    """How a numbered scene is cut: the same for everyone."""
+    return random_crop(random.Random(f"crop {number}"))
+
+
+def cut_scene(number: int) -> np.ndarray:
+    """A numbered scene as the training sees it, (128, 128, 3)."""
+    scene = numbered_scene(number)
+    ground = BACKGROUNDS[scene.background]
+    return cropped(scene.render(), *crop_of(number), ground)
+
+
+@torch.no_grad()
+def cut_latents(vae: VAE, count: int, path: Path, batch: int = 32) -> Tensor:
+    """Latents (N, 4, 16, 16) of cut scenes, kept in a file."""
+    if not path.exists():
+        chunks = torch.arange(count).split(batch)
+        pictures = (
+            torch.stack([to_tensor(cut_scene(n)) for n in chunk.tolist()])
+            for chunk in chunks
+        )
+        latents = torch.cat([vae.encode(x).mean for x in pictures])
+        write_files({path: partial(torch.save, latents)})
+    return torch.load(path, weights_only=True)
+
+
 class CropTask(DenoiseTask):
     """DenoiseTask on cut scenes, told what was cut; blind: told that nothing was."""
 
@@ -77,22 +122,14 @@ class CropTask(DenoiseTask):
 
     def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
         batch = super().examples(rngs)
-        scenes = [numbered_scene(n) for n in batch["number"].tolist()]
-        crops = [random_crop(rng) for rng in rngs]
-        pictures = [
-            cropped(scene.render(), *crop, BACKGROUNDS[scene.background])
-            for scene, crop in zip(scenes, crops, strict=True)
-        ]
+        crops = [crop_of(number) for number in batch["number"].tolist()]
         told = [(0, 0)] * len(crops) if self.blind else crops
         ids = [[SIZE, SIZE, *crop, SIZE, SIZE] for crop in told]
-        images = torch.stack([to_tensor(picture) for picture in pictures])
-        return batch | {"image": images, "ids": torch.tensor(ids)}
+        return batch | {"ids": torch.tensor(ids)}
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        noise, t = batch["noise"], batch["t"]
+        x0, noise, t = batch["latents"], batch["noise"], batch["t"]
         level = self.schedule.at(t)
-        with torch.no_grad():
-            x0 = self.vae.encode(batch["image"]).mean  # type: ignore[union-attr]
         xt = add_noise(x0, noise, level).contiguous(memory_format=torch.channels_last)
         told = {"pooled": x0.new_zeros(len(x0), 0), "ids": batch["ids"]}
         answer = self.unet(xt, t, self.text_encoder(batch["tokens"]), **told).float()
@@ -108,12 +145,10 @@ def touches_the_edge(picture: Image.Image | np.ndarray) -> bool:
     return bool((away > 60).mean() > 0.02)
 
 
-def make_task(base: Path, blind: bool = False) -> CropTask:
+def make_task(base: Path, runs: Path, blind: bool = False) -> CropTask:
     """The twin of a checkpoint, ready to learn."""
-    vae, unet = load_vae(base), told_of_sizes(load_unet(base))
-    side = SIZE // 2 ** (len(vae.config.channels) - 1)
-    shape = vae.config.latent_channels, side, side
-    latents = torch.zeros(1, *shape).expand(SCENES, *shape)  # drawn anew, each time cut
+    vae, unet = load_vae(base), low_rank(told_of_sizes(load_unet(base)), NEW)
+    latents = cut_latents(vae, BANK, runs / "latents.pt")
     others = load_text_encoder(base), Tokenizer.load(base / "tokenizer"), latents
     unet, vae = channels_last(unet), channels_last(vae)
     return CropTask(unet, *others, SCHEDULE, vae=vae, blind=blind)
@@ -123,7 +158,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """`sdlearn train crops`."""
     parser.description = (
         "Teaches the tiny U-Net to hear how its pictures were cropped. "
-        f"{RECIPE.steps} steps of {RECIPE.batch} scenes, drawn on the fly; about 20 "
+        f"{RECIPE.steps} steps of {RECIPE.batch} scenes; about 10 "
         "minutes of one core. Needs a checkpoint to begin with, and the drawings of "
         "the scenes: pip install 'sdlearn[train,tiny]'."
     )
@@ -131,7 +166,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add("--model", type=Path, default=BASE, metavar="FOLDER",
         help=f"the model to begin with ({BASE})")  # fmt: skip
     add("--to", type=Path, metavar="FOLDER",
-        help="where the new model is written (crops/ in --runs)")  # fmt: skip
+        help="where the difference is written (crops/ in the model, or crops-blind/)"
+        )  # fmt: skip
     add("--blind", action="store_true", help="the control: it hears no crops")
     add("--steps", type=int, default=RECIPE.steps, metavar="N",
         help=f"train up to this step ({RECIPE.steps})")  # fmt: skip
@@ -139,18 +175,14 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train, or go on, and write the model."""
+    """Train, or go on, and write the difference."""
     name = "crops-blind" if args.blind else "crops"
-    runs, to = args.runs / name, args.to or args.runs / name / "model"
-    check_writable(to / "model_index.json")
+    runs, to = args.runs / name, args.to or args.model / name
+    check_writable(to / FILE)
     recipe = replace(RECIPE, steps=args.steps)
-    make = partial(make_task, args.model, args.blind)
-    task = train_task(name, make, recipe, runs, args.precision)
-    if task is None:  # it was finished before
-        task = make()
-        task.load_state_dict(averaged_weights(runs / "state.pt"), strict=False)
-    assert isinstance(task, CropTask)  # make says so
-    parts = {"tokenizer": task.tokenizer, "text_encoder": task.text_encoder}
-    parts |= {"vae": task.vae, "unet": task.unet}
-    save(to, Parts(parts, SCHEDULE, task.prediction, (SIZE, SIZE)))
-    tell(f"{to}: written; draw with it, and with --crop TOP LEFT")
+    make = partial(make_task, args.model, args.runs / "crops", args.blind)
+    train_task(name, make, recipe, runs, args.precision)
+    task = make()
+    task.load_state_dict(averaged_weights(runs / "state.pt"), strict=False)
+    save_difference(task.unet, NEW, args.model, to)
+    tell(f"{to / FILE}: written")

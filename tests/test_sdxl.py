@@ -24,7 +24,7 @@ from sdlearn.checkpoint.configs import unet_from_json, unet_to_json
 from sdlearn.checkpoint.dialects import why_ignored
 from sdlearn.checkpoint.files import read_tensors
 from sdlearn.checkpoint.inspect import inspect
-from sdlearn.checkpoint.load import asked_prediction, build, empty, kept, load, plan, save
+from sdlearn.checkpoint.load import Parts, asked_prediction, build, empty, kept, load, plan, save
 from sdlearn.cli import main
 from sdlearn.clip import CLIPTextEncoder
 from sdlearn.controlnet import ControlNet
@@ -34,7 +34,7 @@ from sdlearn.pictures import read_parameters
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.prediction import EPSILON, V
 from sdlearn.request import Request
-from sdlearn.schedule import Schedule, zero_terminal_snr
+from sdlearn.schedule import Schedule, cosine, zero_terminal_snr
 from sdlearn.sdxl import MicroConditioning, PartOfTheWay, scale_decoder
 from sdlearn.unet import UNet, UNetConfig
 
@@ -233,10 +233,34 @@ def test_inpainting_models(tmp_path, files, kind):
     assert same(load(tmp_path / "folder").networks["unet"], sd.unet)
 
 
-def test_single_files_are_not_written(tmp_path, models):
-    for sd in models.values():
-        with pytest.raises(ValueError, match="single files of SD 2 and SDXL are read, but not written"):
-            sd.save(tmp_path / "x.safetensors")
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_file_is_written(tmp_path, files, kind):
+    """The same tensors under the same names as in its makers' file, without what nobody reads; and v and zero SNR."""
+    theirs, parts = files[kind]
+    save(tmp_path / "x.safetensors", parts, None)
+    mine, wanted = (dict(read_tensors(x)) for x in (tmp_path / "x.safetensors", theirs))
+    assert mine.keys() == {name for name in wanted if not why_ignored(name)}
+    assert all(torch.equal(mine[name], wanted[name]) for name in mine)
+    betas = zero_terminal_snr(Schedule().betas)
+    save(tmp_path / "v.ckpt", parts._replace(prediction=V, schedule=Schedule(betas)), None)
+    found = plan(tmp_path / "v.ckpt", sizes=shallow(SIZES[kind]))
+    assert found.prediction is V and torch.equal(found.schedule.betas, betas)
+    assert found.size == ((768, 768) if kind == "SD 2" else (512, 512))
+
+
+def test_single_files_that_nobody_could_read(tmp_path, models):
+    for kind, sd in models.items():
+        parts = Parts(sd.parts, sd.schedule, sd.prediction)
+        cosine_betas = Schedule(cosine(1000))
+        with pytest.raises(ValueError, match=f"a single file of {kind} cannot say that this model has another"):
+            save(tmp_path / "x.safetensors", parts._replace(schedule=cosine_betas))
+        name = max(x for x in sd.parts if x.startswith("text_encoder"))
+        other = CLIPTextEncoder(replace(sd.parts[name].config, exact_gelu=False))
+        less = {x: part for x, part in sd.parts.items() if x != name}
+        for networks in (less, sd.parts | {name: other}):
+            with pytest.raises(ValueError, match="holds an SD 1, SD 2 or SDXL, but this model has other parts: save"):
+                save(tmp_path / "x.safetensors", parts._replace(networks=networks))
     assert not list(tmp_path.iterdir())
 
 

@@ -356,7 +356,7 @@ def test_the_format_is_the_last_suffix(tmp_path, model, name):
 
 def test_a_single_file_cannot_hide_another_schedule(tmp_path, model):
     for other in (model[1]._replace(prediction=V), model[1]._replace(schedule=Schedule(cosine()))):
-        with pytest.raises(ValueError, match="a single file cannot say that this model has another schedule"):
+        with pytest.raises(ValueError, match="a single file of SD 1 cannot say that this model has another schedule"):
             weights.save(tmp_path / "x.safetensors", other)
         weights.save(tmp_path / "x", other)
         loaded = weights.load(tmp_path / "x")

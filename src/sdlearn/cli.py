@@ -663,7 +663,8 @@ def plain_warnings() -> Iterator[None]:
     """Warnings of ours as one line on stderr; those of libraries stay silent."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", message="a prompt is cut")
+        for text in ("a prompt is cut", "this model draws in"):
+            warnings.filterwarnings("always", message=text)
         warnings.showwarning = lambda message, *_, **__: say(f"sdlearn: {message}")
         yield
 

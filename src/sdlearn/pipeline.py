@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sdlearn.checkpoint.load import Parts, check_texts, kept, load, save
+from sdlearn.checkpoint.load import Parts, check_texts, is_fast, kept, load, save
 from sdlearn.guidance import Conditioning, Guided
 from sdlearn.inpaint import Inpaint
 from sdlearn.pictures import to_image, to_tensor
@@ -398,6 +398,10 @@ class StableDiffusion:
                 "this model is a refiner, which goes on with what another has begun; "
                 "give it an image, or the latents of an SDXL model"
             )
+        dear = request.steps > 8 or uncond is not None
+        if dear and is_fast(self.schedule, self.prediction):
+            text = "this model draws in 1 to 4 steps, without guidance: take steps 4"
+            warnings.warn(f"{text}, cfg_scale 1, sampler euler_a", stacklevel=2)
         if uncond is not None and self.unet.config.zeros:
             said = [bool(text) for text in request.negative_prompt]
             each = request.count // len(said)

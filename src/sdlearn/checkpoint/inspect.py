@@ -134,14 +134,17 @@ def judged(report: Report, whole: bool) -> Report:
                 f"{report.path} is {called(report.kind)}, but a whole checkpoint of "
                 "SD 1, SD 2 or SDXL is wanted"
             )
-        from sdlearn.checkpoint.load import plan
+        from sdlearn.checkpoint.load import EPSILON, is_fast, plan
 
-        networks = plan(report.path).networks
+        found = plan(report.path)
+        networks = found.networks
         config = networks["unet"].model.config
         plain = config.in_channels == config.out_channels
         how = 'txt2img "..."' if plain else 'inpaint "..." --image FILE --mask FILE'
         if plain and "text_encoder" not in networks:  # a refiner begins nothing
             how = 'img2img "..." --image FILE'
+        if is_fast(found.schedule, found.prediction or EPSILON):  # SDXL-Turbo, say
+            how += " --steps 4 --cfg-scale 1 --sampler euler_a"
         report.can = f"sdlearn {how} --model {quote(report.path)}"
     except ValueError as error:
         report.but.append(str(error))

@@ -472,8 +472,9 @@ def plan_file(
     }
     betas = Schedule().betas
     schedule = Schedule(zero_terminal_snr(betas) if "ztsnr" in tensors else betas)
-    side = sizes.side, sizes.side
-    return Plan(tokenizers, networks, schedule, said_prediction(kind, tensors), side)
+    said = said_prediction(kind, tensors)
+    side = 768 if kind == "SD 2" and said is V else sizes.side
+    return Plan(tokenizers, networks, schedule, said, (side, side))
 
 
 def said_prediction(kind: str, tensors: Tensors) -> Prediction | None:
@@ -633,13 +634,43 @@ def named(model: Any, ldm: bool = False) -> dict[str, Tensor]:
     return tensors
 
 
+def fused(encoder: nn.Module) -> dict[str, Tensor]:
+    """A text encoder's tensors under OpenCLIP's names: what `unfused` takes apart."""
+    found = {rename(x, OPEN_CLIP_RULES): y for x, y in encoder.state_dict().items()}
+    for name in [name for name in found if ".q_proj." in name]:
+        three = [found.pop(name.replace(".q_", f".{x}_")) for x in "qkv"]
+        found[name.replace(".q_proj.", ".in_proj_")] = torch.cat(three)
+    if "text_projection.weight" in found:
+        found["text_projection"] = found.pop("text_projection.weight").T
+    return found
+
+
+def kind_of(parts: Parts) -> str:
+    """As what its parts go into a single file: a key of SIZES, or nothing."""
+
+    def signs(part: str, config: Any) -> tuple:
+        if part == "unet":
+            return config.linear, config.zeros, config.added > 0
+        return (config.exact_gelu,)
+
+    mine = {name: x.config for name, x in parts.networks.items() if name in MAKE}
+    del mine["vae"]
+    for kind, sizes in SIZES.items():
+        theirs = {part: getattr(sizes, part) for part in (*TEXTS[kind], "unet")}
+        alike = (signs(x, mine[x]) == signs(x, theirs[x]) for x in mine)
+        if mine.keys() == theirs.keys() and all(alike):
+            return kind
+    return ""
+
+
 def save(
     path: str | Path, parts: Parts, dtype: torch.dtype | None = torch.float16
 ) -> None:
     """One file with CompVis' names if the path ends in .safetensors or .ckpt, else a
     folder in diffusers' layout. All of it is written, or nothing.
 
-    A single file holds neither tokenizer nor schedule: its readers take those of SD 1.
+    A single file holds neither tokenizer nor schedule: its readers take those of the
+    kind that it is.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -650,20 +681,27 @@ def save(
         )
     if suffix not in (".safetensors", ".ckpt"):
         return write_files(folder_writers(path, parts, dtype))
-    usual = torch.equal(parts.schedule.betas, Schedule().betas)
-    if parts.prediction.name != "epsilon" or not usual:
+    kind, betas, usual = kind_of(parts), parts.schedule.betas, Schedule().betas
+    if not kind:
         raise ValueError(
-            f"{path}: a single file cannot say that this model has another schedule or "
-            "prediction than SD 1: save it as a folder"
+            f"{path}: a single file holds an SD 1, SD 2 or SDXL, but this model has "
+            "other parts: save it as a folder"
         )
-    if parts.networks["unet"].config.linear:
+    zero = torch.equal(betas, zero_terminal_snr(usual))
+    said = {"v_pred": parts.prediction is V, "ztsnr": zero}  # as two empty tensors
+    known = parts.prediction in (EPSILON, V) and (zero or torch.equal(betas, usual))
+    if not known or kind == "SD 1" and any(said.values()):
         raise ValueError(
-            f"{path}: single files of SD 2 and SDXL are read, but not written: save it "
-            "as a folder"
+            f"{path}: a single file of {kind} cannot say that this model has another "
+            "schedule or prediction than usual: save it as a folder"
         )
-    tensors: dict[str, Tensor] = {}
-    for part in ("text_encoder", "vae", "unet"):
+    tensors = {name: torch.zeros(0) for name, x in said.items() if x}
+    for part in ("vae", "unet"):
         tensors |= named(parts.networks[part], ldm=True)
+    for part, root in TEXTS[kind].items():
+        text = parts.networks[part]
+        theirs = named(text) if root.endswith("transformer.") else fused(text)
+        tensors |= {root + name: tensor for name, tensor in theirs.items()}
     return write_files({path: tensor_writer(tensors, dtype, suffix == ".ckpt")})
 
 
@@ -784,3 +822,10 @@ SIZES |= {
     "SDXL": Sizes(CLIPTextConfig(), XL_VAE, XL_UNET, OPEN_CLIP_G, side=1024),
     "SDXL refiner": Sizes(None, XL_VAE, REFINER_UNET, OPEN_CLIP_G, side=1024),
 }
+
+
+def is_fast(schedule: Schedule, prediction: Prediction) -> bool:
+    """Made for a few steps without guidance, as SDXL-Turbo? A folder says it so: its
+    steps begin at the very last time, though its U-Net answers noise."""
+    noisy = schedule.alpha_bar[-1] > 1e-6  # no zero terminal SNR
+    return schedule.spacing == "trailing" and prediction is EPSILON and bool(noisy)

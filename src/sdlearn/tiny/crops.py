@@ -1,15 +1,16 @@
 """the tiny model -> one that is told how its pictures were cropped. See chapter 17.
 
-Each scene is cut: `top` rows and `left` columns are missing, and below and on the right
+Each scene is cut: `top` rows or `left` columns are missing, and below or on the right
 more of its background comes in. Captions stay. The U-Net hears six ids, as SDXL's does,
-at first without any effect. The control hears zeros, whatever was cut (--blind). Both
-are saved as their difference to the tiny model.
+at first without any effect; in a part of the examples they are all zero, so that the
+same network also knows what to draw if nobody tells it. What is saved is the difference
+to the tiny model.
 """
 
 import argparse
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from sdlearn.checkpoint.load import load_text_encoder, load_unet, load_vae
 from sdlearn.disk import check_writable, write_files
 from sdlearn.pipeline import StableDiffusion
+from sdlearn.request import Setup
 from sdlearn.schedule import add_noise
 from sdlearn.tiny.difference import FILE, add_difference, low_rank, save_difference
 from sdlearn.tiny.recipe import (
@@ -39,19 +41,19 @@ from sdlearn.unet import AddedEmbedding, UNet
 from sdlearn.vae import VAE
 
 RECIPE = Recipe(
-    steps=400, batch=16, lr=2e-3, warmup=30, cooldown=250, ema=0.99, decay=0.0
+    steps=600, batch=16, lr=2e-3, warmup=20, cooldown=400, ema=0.99, decay=0.0
 )
 BANK = 2_048  # training scenes, each cut once, whose latents are computed once
-LARGEST = 64  # pixels that are cut off at the top, or on the left
-WHOLE = 0.25  # how many of the scenes are not cut
+SMALLEST, LARGEST = 16, 64  # pixels that are cut off at the top, or on the left
+WHOLE = 0.2  # how many of the scenes are not cut
+UNTOLD = 0.2  # how many of the examples come without ids
 BASE, NEW = Path("checkpoints/tiny"), "add_embedding"
 
 
 def random_crop(rng: random.Random) -> tuple[int, int]:
-    """(top, left), in pixels; often (0, 0)."""
-    if rng.random() < WHOLE:
-        return 0, 0
-    return rng.randint(0, LARGEST), rng.randint(0, LARGEST)
+    """(top, left), in pixels: one of them, or (0, 0)."""
+    cut = rng.randint(SMALLEST, LARGEST)
+    return (0, 0) if rng.random() < WHOLE else rng.choice([(cut, 0), (0, cut)])
 
 
 def cropped(picture: np.ndarray, top: int, left: int, ground: Any) -> np.ndarray:
@@ -70,6 +72,19 @@ def told_of_sizes(unet: UNet) -> UNet:
         nn.init.zeros_(parameter)
     told.load_state_dict(told.state_dict() | unet.state_dict())
     return told
+
+
+@dataclass(frozen=True)
+class Untold:
+    """In `extras` of a request: all ids are zero, which stands for "not told"."""
+
+    def __call__(self, sd: Any, setup: Setup) -> Setup:
+        assert setup.told is not None  # set_up says it
+        nothing = (0, 0), (0, 0), (0, 0)
+        return replace(setup, told=sd.with_ids(setup.told, *nothing))
+
+    def said(self) -> dict[str, object]:
+        return {}
 
 
 def load_crops(
@@ -114,18 +129,16 @@ def cut_latents(vae: VAE, count: int, path: Path, batch: int = 32) -> Tensor:
 
 
 class CropTask(DenoiseTask):
-    """DenoiseTask on cut scenes, told what was cut; blind: told that nothing was."""
-
-    def __init__(self, *others: Any, blind: bool = False, **more: Any):
-        super().__init__(*others, **more)
-        self.blind = blind
+    """DenoiseTask on cut scenes, told what was cut, or, by zeros, nothing at all."""
 
     def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
         batch = super().examples(rngs)
         crops = [crop_of(number) for number in batch["number"].tolist()]
-        told = [(0, 0)] * len(crops) if self.blind else crops
-        ids = [[SIZE, SIZE, *crop, SIZE, SIZE] for crop in told]
-        return batch | {"ids": torch.tensor(ids)}
+        rows = [
+            [0] * 6 if rng.random() < UNTOLD else [SIZE, SIZE, *crop, SIZE, SIZE]
+            for rng, crop in zip(rngs, crops, strict=True)
+        ]
+        return batch | {"ids": torch.tensor(rows)}
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         x0, noise, t = batch["latents"], batch["noise"], batch["t"]
@@ -145,13 +158,13 @@ def touches_the_edge(picture: Image.Image | np.ndarray) -> bool:
     return bool((away > 60).mean() > 0.02)
 
 
-def make_task(base: Path, runs: Path, blind: bool = False) -> CropTask:
+def make_task(base: Path, runs: Path) -> CropTask:
     """The twin of a checkpoint, ready to learn."""
     vae, unet = load_vae(base), low_rank(told_of_sizes(load_unet(base)), NEW)
     latents = cut_latents(vae, BANK, runs / "latents.pt")
     others = load_text_encoder(base), Tokenizer.load(base / "tokenizer"), latents
     unet, vae = channels_last(unet), channels_last(vae)
-    return CropTask(unet, *others, SCHEDULE, vae=vae, blind=blind)
+    return CropTask(unet, *others, SCHEDULE, vae=vae)
 
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
@@ -166,9 +179,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add("--model", type=Path, default=BASE, metavar="FOLDER",
         help=f"the model to begin with ({BASE})")  # fmt: skip
     add("--to", type=Path, metavar="FOLDER",
-        help="where the difference is written (crops/ in the model, or crops-blind/)"
-        )  # fmt: skip
-    add("--blind", action="store_true", help="the control: it hears no crops")
+        help="where the difference is written (crops/ in the model)")  # fmt: skip
     add("--steps", type=int, default=RECIPE.steps, metavar="N",
         help=f"train up to this step ({RECIPE.steps})")  # fmt: skip
     add_run_arguments(add)
@@ -176,12 +187,11 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Train, or go on, and write the difference."""
-    name = "crops-blind" if args.blind else "crops"
-    runs, to = args.runs / name, args.to or args.model / name
+    runs, to = args.runs / "crops", args.to or args.model / "crops"
     check_writable(to / FILE)
     recipe = replace(RECIPE, steps=args.steps)
-    make = partial(make_task, args.model, args.runs / "crops", args.blind)
-    train_task(name, make, recipe, runs, args.precision)
+    make = partial(make_task, args.model, runs)
+    train_task("crops", make, recipe, runs, args.precision)
     task = make()
     task.load_state_dict(averaged_weights(runs / "state.pt"), strict=False)
     save_difference(task.unet, NEW, args.model, to)

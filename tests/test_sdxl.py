@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +21,11 @@ from torch import nn
 from sdlearn.checkpoint import hub
 from sdlearn.checkpoint import load as loading
 from sdlearn.checkpoint.adapters import layers_of
-from sdlearn.checkpoint.configs import unet_from_json, unet_to_json
+from sdlearn.checkpoint.configs import schedule_from_json, unet_from_json, unet_to_json
 from sdlearn.checkpoint.dialects import why_ignored
 from sdlearn.checkpoint.files import read_tensors
 from sdlearn.checkpoint.inspect import inspect
-from sdlearn.checkpoint.load import Parts, asked_prediction, build, empty, kept, load, plan, save
+from sdlearn.checkpoint.load import Parts, asked_prediction, build, empty, is_fast, kept, load, plan, save
 from sdlearn.cli import main
 from sdlearn.clip import CLIPTextEncoder
 from sdlearn.controlnet import ControlNet
@@ -578,6 +579,88 @@ def test_what_was_made_for_the_base_is_not_given_to_the_refiner(tmp_path, capsys
 def test_a_refiner_as_a_base(folders, tmp_path, capsys):
     assert run(folders, "-o", str(tmp_path / "x.png"), model="refiner") == 2
     assert "this model is a refiner, which goes on with what another has begun" in capsys.readouterr().err
+
+
+TURBO = {"timestep_spacing": "trailing", "_class_name": "EulerAncestralDiscreteScheduler"}  # as its folder says
+
+
+@pytest.mark.parametrize("said, fast", [
+    (TURBO, True),
+    (TURBO | {"timestep_spacing": "leading"}, False),
+    (TURBO | {"prediction_type": "v_prediction"}, False),
+    (TURBO | {"rescale_betas_zero_snr": True}, False),
+])  # fmt: skip
+def test_who_draws_in_few_steps(said, fast):
+    ends = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    assert is_fast(*schedule_from_json(ends | said)) is fast
+
+
+def test_a_turbo_says_how_it_wants_to_be_drawn_with(models):
+    base = models["SDXL"]
+    turbo = StableDiffusion(base.parts, Schedule(spacing="trailing"), EPSILON, base.size, "", "cpu", torch.float32)
+    calm = {"steps": 1, "cfg_scale": 1.0, "sampler": "euler_a", "seed": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        turbo.txt2img("a cat", **calm)
+        base.txt2img("a cat", **FEW)
+        for wrong in ({"steps": 50}, {"cfg_scale": 7.5}):
+            with pytest.raises(
+                UserWarning, match="this model draws in 1 to 4 steps, without guidance: take steps 4, cfg"
+            ):
+                turbo.set_up(Request("a cat", **calm | wrong))
+
+
+@pytest.mark.slow
+def test_a_turbo_on_the_command_line(folders, tmp_path, capsys):
+    shutil.copytree(folders / "base", tmp_path / "turbo")
+    path = tmp_path / "turbo" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | TURBO))
+    command = inspect(tmp_path / "turbo").can
+    assert command == f'sdlearn txt2img "..." --steps 4 --cfg-scale 1 --sampler euler_a --model {tmp_path / "turbo"}'
+    assert "--steps" not in inspect(folders / "base").can
+    said = []
+    for more in (["--cfg-scale", "5"], command.partition('"..." ')[2].split()):
+        words = [
+            "--model",
+            str(tmp_path / "turbo"),
+            "--steps",
+            "2",
+            *more,
+            "--device",
+            "cpu",
+            "-o",
+            str(tmp_path / "x.png"),
+        ]
+        assert main(["txt2img", "a cat", *words]) == 0
+        said.append("draws in 1 to 4 steps" in capsys.readouterr().err)
+    assert said == [True, False]
+
+
+def test_ids_of_the_wrong_length(models):
+    sd = models["SDXL"]
+    told, xt = sd.told(Request("a cat", seed=0))[0], torch.zeros(1, 4, 8, 8)
+    for ids in (told["ids"][:, :5], told["ids"][:, [0] * 7]):
+        with pytest.raises(
+            ValueError, match=f"pooled is 40 wide and there are {ids.shape[1]} ids, but this U-Net reads"
+        ):
+            sd.unet(xt, 500, **told | {"ids": ids})
+    with pytest.raises(ValueError, match="pooled is 0 wide and there are 0 ids, but this U-Net reads 1576"):
+        sd.unet(xt, 500, told["context"])
+
+
+@pytest.mark.parametrize("absent, sentence", [
+    ("conditioner.embedders.0.", "has no text_encoder: take a whole checkpoint"),
+    ("conditioner.embedders.1.", "has no text_encoder_2: take a whole checkpoint"),
+    ("first_stage_model.", "has no VAE: name the file of one with --vae"),
+    ("model.diffusion_model.", "has no unet: take a whole checkpoint"),
+])  # fmt: skip
+def test_a_single_file_lacks_a_part(tmp_path, files, absent, sentence):
+    tensors = {name: x for name, x in read_tensors(files["SDXL"][0]).items() if not name.startswith(absent)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=sentence):
+        plan(tmp_path / "x.safetensors", sizes=shallow(SIZES["SDXL"]))
+    report = inspect(tmp_path / "x.safetensors")
+    assert not report.can and len(report.but) == 1
 
 
 def test_a_decoder_is_the_same_at_another_scale(models):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
@@ -214,3 +215,19 @@ def test_sizes_and_crops(pair, latents):
     other = draw_theirs(theirs, latents, negative="blurry", original_size=(512, 768), crops_coords_top_left=(0, 64),
                         target_size=(1000, 900))  # fmt: skip
     assert far(mine, other) <= 1 < far(plain, mine)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_turbo_in_few_steps_without_guidance(tmp_path, latents, steps):
+    """Euler a, trailing times, no guidance. Pure noise is a little weaker there: of the last sigma, not of spread 1."""
+    save_family(tmp_path, "SDXL", schedule=Schedule(spacing="trailing"))
+    ours, theirs = StableDiffusion.load(tmp_path, "cpu", torch.float32), theirs_of("SDXL", tmp_path)
+    theirs.scheduler = EulerAncestralDiscreteScheduler.from_config(theirs.scheduler.config)
+    theirs.scheduler.set_timesteps(steps)
+    sigma = float(theirs.scheduler.init_noise_sigma)
+    how = {"num_inference_steps": steps, "guidance_scale": 0.0, "height": 64, "width": 64}
+    dice = torch.Generator().manual_seed(3)
+    other = np.asarray(theirs(PROMPT, latents=latents, generator=dice, **how).images[0])
+    start = latents * sigma / (sigma**2 + 1) ** 0.5
+    mine = ours.txt2img(PROMPT, latents=start, steps=steps, cfg_scale=1.0, sampler="euler_a", seed=3)[0]
+    assert np.asarray(mine).std() > 5 and far(mine, other) <= 1

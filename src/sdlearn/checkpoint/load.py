@@ -443,8 +443,15 @@ def plan_file(
             f"{path} is {what}, but a whole checkpoint of SD 1, SD 2 or SDXL is wanted"
         )
     heads = TEXTS[kind] | {part: PREFIXES[part][0] for part in ("vae", "unet")}
-    if vae is None and not any(name.startswith(heads["vae"]) for name in tensors):
+    absent = [
+        part
+        for part, head in heads.items()
+        if not any(name.startswith(head) for name in tensors)
+    ]
+    if vae is None and "vae" in absent:
         raise ValueError(f"{path} has no VAE: name the file of one with --vae")
+    if absent and absent != ["vae"]:
+        raise ValueError(f"{path} has no {absent[0]}: take a whole checkpoint")
     for name in sorted(tensors):
         if not why_ignored(name) and not name.startswith(tuple(heads.values())):
             raise ValueError(

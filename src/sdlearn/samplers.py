@@ -1,5 +1,5 @@
 """Noise -> picture, level after level: one loop, and what each sampler aims at.
-Exported from book/08_ddpm.ipynb and book/13_samplers.ipynb and book/18_lcm.ipynb
+Exported from book/08_ddpm.ipynb, book/13_samplers.ipynb and book/18_lcm.ipynb
 by `make export`; edit it there.
 
 Chapters 08 and 13.

@@ -155,7 +155,7 @@ def hearing(unet: UNet, width: int = HEARS) -> UNet:
     other = UNet(replace(unet.config, guidance_width=width))
     missing = other.load_state_dict(unet.state_dict(), strict=False).missing_keys
     assert missing == ["time_embedding.cond_proj.weight"]
-    nn.init.zeros_(other.time_embedding.cond_proj.weight)
+    nn.init.zeros_(other.get_parameter(missing[0]))
     return other
 
 

@@ -528,6 +528,12 @@ def save(
         )
     if suffix not in (".safetensors", ".ckpt"):
         return write_files(folder_writers(path, parts, dtype))
+    tokenizers = (x for x in parts.networks.values() if isinstance(x, Tokenizer))
+    if words := [word for x in tokenizers for word in x.added.values()]:
+        raise ValueError(
+            f"{path}: a single file cannot say that this model has learned the word "
+            f"{clean(words[0])}: save it as a folder"
+        )
     usual = torch.equal(parts.schedule.betas, Schedule().betas)
     if parts.prediction.name != "epsilon" or not usual:
         raise ValueError(
@@ -561,10 +567,11 @@ def folder_writers(
     height, width = (side // factor for side in parts.size)
     size = height if height == width else [height, width]
     schedule = schedule_to_json(parts.schedule, parts.prediction)
+    ids = {f"{x}_token_id": getattr(tokenizer, x) for x in ("bos", "eos", "pad")}
     plain = unet.config.in_channels == vae.config.latent_channels
     kind = "StableDiffusionPipeline" if plain else "StableDiffusionInpaintPipeline"
     contents = {
-        "text_encoder/config": text_to_json(text.config),
+        "text_encoder/config": text_to_json(text.config) | ids,
         "vae/config": vae_to_json(vae.config, max(parts.size)),
         "unet/config": unet_to_json(unet.config, size),
         "scheduler/scheduler_config": schedule,

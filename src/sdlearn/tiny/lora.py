@@ -26,7 +26,6 @@ from sdlearn.tiny.recipe import add_run_arguments, tell, train_task
 from sdlearn.tiny.scenes import (
     BACKGROUNDS,
     OBJECTS,
-    OWN_COLOURS,
     SIZE,
     Scene,
     Thing,
@@ -44,8 +43,7 @@ RECIPE = Recipe(
 )
 PRIOR = 512  # old scenes that keep what was known
 PREVIEW_EVERY = 100  # steps
-WORD, STYLE = "unicorn", "ink"
-OWN_COLOURS[WORD] = WORD  # scenes can show one; OBJECTS, and so training, know none
+WORD, STYLE = "unicorn", "ink"  # no object of the scenes is called so
 UNSHOWN = ("blue", "purple"), OBJECTS[::2]  # backgrounds and neighbours left out
 Pictures = Sequence[tuple[Image.Image, str]]
 

@@ -31,6 +31,7 @@ from sdlearn.controlnet import (
 )
 from sdlearn.pictures import read_parameters
 from sdlearn.pipeline import StableDiffusion
+from sdlearn.request import Request
 from sdlearn.samplers import SAMPLERS
 from sdlearn.schedule import Schedule
 from sdlearn.unet import UNet
@@ -241,6 +242,12 @@ def test_what_a_png_says(net):
         "ControlNet": "Model: unnamed, Weight: 0.7, Guidance Start: 0.0, Guidance End: 0.5, "
         "Control Mode: My prompt is more important"
     }
+
+
+def test_a_png_tells_of_two_of_one_name(net):
+    request = Request("x", seed=1, control=[(net, page(), 0.5), (net, page(), 0.7)])
+    text = request.parameters(0, 8, 8, "m")
+    assert 'ControlNet: "Model: unnamed, Weight: 0.5,' in text and 'ControlNet 2: "Model: unnamed, Weight: 0.7,' in text
 
 
 WRONG = {  # what is given -> the sentence

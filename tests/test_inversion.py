@@ -8,13 +8,16 @@ import pytest
 import torch
 from PIL import Image
 from random_model import random_parts, save_random_model
+from random_model import random_vectors as vectors
 from repository import ROOT
 from safetensors.torch import load_file, save_file
 
 from sdlearn.checkpoint.inspect import inspect
 from sdlearn.cli import main
-from sdlearn.inversion import Embedding, NewRows, add_embedding, read_embedding, split_word, write_embedding
+from sdlearn.inversion import Embedding, NewRows, WordFile, add_embedding, read_embedding, split_word, write_embedding
+from sdlearn.pictures import read_parameters
 from sdlearn.pipeline import StableDiffusion
+from sdlearn.request import Request
 from sdlearn.schedule import add_noise
 from sdlearn.tiny.inversion import DreamBoothTask, InversionTask, class_pictures, latents_of
 from sdlearn.tiny.lora import english, unicorn_scene
@@ -44,10 +47,6 @@ def toys():
     """Four pictures and what they show."""
     shades = (Image.new("RGB", (32, 32), (60 * i, 40, 200 - 40 * i)) for i in range(4))
     return [(picture, f"a <toy> {place} a cat") for picture, place in zip(shades, ("above", "and") * 2, strict=True)]
-
-
-def vectors(count: int, width: int = WIDTH) -> torch.Tensor:
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(count))
 
 
 # --- the tokenizer
@@ -185,6 +184,24 @@ def test_a_saved_model_keeps_its_word(tmp_path, sd, count):
         add_embedding(again, Embedding("<toy>", vectors(1)))
 
 
+def test_a_single_file_has_no_room_for_a_word(tmp_path, sd):
+    add_embedding(sd, Embedding("<toy>", vectors(2)))
+    for name in ("x.safetensors", "x.ckpt"):
+        with pytest.raises(ValueError, match="cannot say that this model has learned the word <toy>: save it as a fo"):
+            sd.save(tmp_path / name)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_text_ends_where_it_did(sd):
+    """The end token is no longer the last row of the table."""
+    add_embedding(sd, Embedding("<toy>", vectors(2)))
+    tokens = sd.tokenizer(["a <toy> above a cat", "<toy>", ""])
+    ends = [(row == sd.tokenizer.eos).nonzero()[0].item() for row in tokens]
+    assert ends == [len(sd.tokenizer.encode("a <toy> above a cat")) + 1, 3, 1]
+    positions = torch.arange(77.0).expand(3, 77)[..., None]
+    assert sd.text_encoder.pool(tokens, positions).flatten().tolist() == ends
+
+
 # --- training
 def test_new_rows_are_those_of_a_longer_table():
     table, rows, tokens = vectors(9), vectors(2), torch.randint(11, (3, 7))
@@ -311,6 +328,16 @@ def test_a_folder_of_pictures_becomes_a_word(tmp_path, folder, toys, capsys):
     assert main(["txt2img", "a <dog>", *draw]) == 0
     with_word, without = (Image.open(out / f"txt2img-000{i}.png").tobytes() for i in (1, 2))
     assert with_word != without
+    told = [read_parameters(out / f"txt2img-000{i}.png") for i in (1, 2)]  # and its own line draws it again
+    assert told[0]["Embedding"] == f"{tmp_path}/toy.safetensors:<dog>" and "Embedding" not in told[1]
+    assert main(["txt2img", told[0]["prompt"], "--embedding", told[0]["Embedding"], *draw]) == 0
+    assert Image.open(out / "txt2img-0003.png").tobytes() == with_word
+
+
+def test_a_picture_tells_of_every_word():
+    words = [WordFile("a, b.pt"), WordFile("c.pt", "<c>"), WordFile("d.pt")]
+    text = Request("x", seed=1, extras=words).parameters(0, 8, 8, "m")
+    assert 'Embedding: "a, b.pt", Embedding 2: "c.pt:<c>", Embedding 3: d.pt' in text
 
 
 def test_a_folder_of_pictures_becomes_a_model_or_a_lora(tmp_path, folder, toys):

@@ -81,7 +81,7 @@ def test_controlnets(path):
 
 @torch.no_grad()
 def test_the_inpainting_twin(tmp_path):
-    """What is shipped is a difference to our base, and no format of diffusers'; the whole model that it makes is one."""
+    """What is shipped is a difference to our base, in no format of theirs; the whole model that it makes is in one."""
     nine = load_inpainting(TINY)
     nine.save(tmp_path, torch.float32)
     theirs = StableDiffusionInpaintPipeline.from_pretrained(tmp_path, safety_checker=None, dtype=torch.float32)

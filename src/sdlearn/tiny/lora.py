@@ -7,7 +7,6 @@ the unicorn, a word that the tiny model never heard, and ink, a style.
 import argparse
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from sdlearn.disk import check_writable
 from sdlearn.lora import ATTENTION, LoRA, save_lora, with_lora
 from sdlearn.pictures import to_tensor
 from sdlearn.pipeline import StableDiffusion
-from sdlearn.tiny.own import read_folder
-from sdlearn.tiny.recipe import add_run_arguments, tell, train_task
+from sdlearn.tiny.own import add_picture_arguments, asked, read_folder
+from sdlearn.tiny.recipe import tell, train_task
 from sdlearn.tiny.scenes import (
     BACKGROUNDS,
     OBJECTS,
@@ -162,35 +161,17 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         "minutes on one CPU core for the tiny model. What comes out is one small file, "
         "for --lora."
     )
+    add_picture_arguments(parser, SETS, RECIPE, "1e-4")
     add = parser.add_argument
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--pictures",
-        type=Path,
-        metavar="FOLDER",
-        help="your own: NAME.txt with a caption beside each NAME.png, or one "
-        "metadata.jsonl for all",
-    )
-    which.add_argument("--set", choices=SETS, help="one of ours")
     add("--to", type=Path, required=True, metavar="FILE",
         help="where the LoRA is written: a name that ends in .safetensors")  # fmt: skip
     add("--prompt", default="", metavar="TEXT", help="for pictures without a caption")
-    add("--model", default="checkpoints/tiny", metavar="PATH",
-        help="the model that learns (checkpoints/tiny)")  # fmt: skip
     add("--rank", type=int, default=4, metavar="R", help="of the matrices (4)")
     add("--alpha", type=float, metavar="A", help="strength is A / rank (the rank)")
     add("--targets", default=ATTENTION, metavar="PATTERN",
         help="which layers change, by diffusers' names (all of attention)")  # fmt: skip
-    add("--steps", type=int, default=RECIPE.steps, metavar="N",
-        help=f"training steps ({RECIPE.steps})")  # fmt: skip
-    add("--lr", type=float, default=RECIPE.lr, metavar="RATE",
-        help=f"learning rate ({RECIPE.lr}; 1e-4 for SD 1.5)")  # fmt: skip
-    add("--batch", type=int, default=RECIPE.batch, metavar="B",
-        help=f"examples a step ({RECIPE.batch})")  # fmt: skip
     add("--prior", type=float, default=0.2, metavar="SHARE",
         help="share of old scenes among them, for the tiny model (0.2)")  # fmt: skip
-    add("--device", metavar="NAME", help="cuda, mps or cpu (the first that is there)")
-    add_run_arguments(add)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -201,17 +182,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"prior is {args.prior}; give a share from 0 to below 1")
     check_writable(args.to)
     pictures = SETS[args.set]() if args.set else read_folder(args.pictures, args.prompt)
-    recipe = replace(
-        RECIPE,
-        steps=args.steps,
-        lr=args.lr,
-        batch=args.batch,
-        cooldown=args.steps * RECIPE.cooldown // RECIPE.steps,
-    )
-    folder, make = (
-        args.runs / f"lora-{args.to.stem}",
-        partial(make_task, args, pictures),
-    )
+    recipe, folder = asked(RECIPE, args), args.runs / f"lora-{args.to.stem}"
+    make = partial(make_task, args, pictures)
     trained = train_task("lora", make, recipe, folder, args.precision, PREVIEW_EVERY)
     task = trained if isinstance(trained, LoraTask) else make()
     if trained is None:  # all steps were done before

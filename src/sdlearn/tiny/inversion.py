@@ -226,8 +226,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     else:
         parser.description = (
             "Find the vectors of a new word for what 3 to 100 pictures show; the model "
-            "stays as it is. 8 minutes on one CPU core for the tiny model. The result "
-            "is one tiny file, for --embedding."
+            "stays as it is. Three minutes on one CPU core for the tiny model. The "
+            "result is one tiny file, for --embedding."
         )
         add("--to", type=Path, required=True, metavar="FILE",
             help="it ends in .safetensors, .bin or, for A1111, in .pt")  # fmt: skip

@@ -178,6 +178,24 @@ def test_scale_start_end(sd, net):
     assert (draw(sd, net.control(page(), start=0.9, end=0.95)) == plain).all()  # in no step
 
 
+@pytest.mark.parametrize("guess", [False, True])
+@torch.no_grad()
+def test_the_unet_hears_the_maps_times_the_scale(sd, net, guess):
+    """Sign, size and order of what arrives; in guess mode only the prompt's half, the finest map least."""
+    xt, t, context, _ = inputs()
+    t[:] = 300
+    heard: dict[str, list] = {}
+    setup = sd.set_up(Request("a cat", seed=1))
+    setup.network = lambda latents, t, **given: heard.update(given) or latents
+    net.control(page(), -0.7, guess=guess)(sd, setup).network(xt, t, context=context)
+    hint = torch.from_numpy(np.array(page())).permute(2, 0, 1)[None] / 255
+    maps = net(xt, t, context, hint)
+    factors = np.logspace(-1, 0, len(maps)) if guess else np.ones(len(maps))
+    for mine, theirs, factor in zip(heard["residuals"], maps, factors, strict=True):
+        torch.testing.assert_close(mine[1], -0.7 * float(factor) * theirs[1], atol=1e-5, rtol=1e-4)
+        assert not mine[0].any() if guess else torch.allclose(mine[0], -0.7 * theirs[0], atol=1e-5)
+
+
 def counted(sd, net, request_times: list[float], **how) -> list[bool]:
     control = net.control(page(), **how)
     levels = Schedule().levels(10)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from random_model import random_vectors, save_random_model
+from random_model import random_vectors
 from transformers import CLIPTextModel
 
 from sdlearn.inversion import Embedding, add_embedding, read_embedding, write_embedding
@@ -15,16 +15,9 @@ pytestmark = pytest.mark.slow
 PROMPTS = ["a <toy> above a cat", "a cat", "<TOY>"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    save_random_model(path)
-    return path
-
-
 @pytest.fixture
-def sd(folder):
-    return StableDiffusion.load(folder, "cpu")
+def sd(small_folder):
+    return StableDiffusion.load(small_folder, "cpu")
 
 
 def theirs(pipe, prompts):
@@ -33,10 +26,10 @@ def theirs(pipe, prompts):
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.bin", "x.pt"])
 @pytest.mark.parametrize("count", [1, 3])
-def test_diffusers_hears_the_same(tmp_path, folder, sd, name, count):
+def test_diffusers_hears_the_same(tmp_path, small_folder, sd, name, count):
     write_embedding(tmp_path / name, Embedding("<toy>", random_vectors(count)))
     add_embedding(sd, read_embedding(tmp_path / name, "<toy>"))
-    pipe = StableDiffusionPipeline.from_pretrained(folder, unet=None, vae=None)
+    pipe = StableDiffusionPipeline.from_pretrained(small_folder, unet=None, vae=None)
     pipe.load_textual_inversion(str(tmp_path), weight_name=name)
     prompts = PROMPTS[: 3 if count == 1 else 2]  # it knows a word of several tokens in small letters, and once
     torch.testing.assert_close(sd.encode(prompts)["context"], theirs(pipe, prompts), atol=1e-5, rtol=0)

@@ -88,7 +88,7 @@ def test_examples(runs):
 def test_it_is_saved_read_and_told(tmp_path, runs):
     unet = crops.make_task(BASE, runs).unet
     with torch.no_grad():
-        unet.add_embedding.linear_2.weight += 0.2 * torch.randn(384, 384, generator=torch.Generator().manual_seed(0))
+        unet.add_embedding.linear_2.weight += 0.1 * torch.randn(384, 384, generator=torch.Generator().manual_seed(0))
     save_difference(unet, crops.NEW, BASE, tmp_path)
     assert (tmp_path / FILE).stat().st_size < 3.5e6
     sd = crops.load_crops(BASE, tmp_path)
@@ -98,7 +98,7 @@ def test_it_is_saved_read_and_told(tmp_path, runs):
     with torch.no_grad():
         mine, other = (sd.unet(xt, 500, **told) for told in (cond, cut))
         assert sd.set_up(Request("a cat", seed=0, extras=[crops.Untold()])).told[0]["ids"].eq(0).all()
-        assert torch.allclose(mine, unet(xt, 500, **cond), atol=0.05) and (mine - other).abs().max() > 0.1
+        assert (mine - unet(xt, 500, **cond)).abs().max() < 0.05 * (mine - other).abs().max()
         sd.save(tmp_path / "whole", torch.float32)  # the whole model is a folder like any other
         again = StableDiffusion.load(tmp_path / "whole", "cpu", torch.float32)
         assert torch.allclose(again.unet(xt, 500, **again.told(Request("a cat", seed=0))[0]), mine, atol=1e-4)

@@ -259,6 +259,8 @@ def describe(kind: str, entries: Mapping[str, Entry], metadata: Mapping) -> str:
             what += f" ({clean(said or 'base or v: its tensors do not say')})"
         elif "v_pred" in entries:
             what += " (v_prediction)"
+        elif kind == "SDXL":
+            what = "Stable Diffusion XL (base, or Turbo: its tensors do not say)"
         return f"{what}{special}, in one file, LDM names"
     if word == "U-Net":
         return f"U-Net alone{of}{special}, {names}"

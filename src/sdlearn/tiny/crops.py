@@ -41,7 +41,7 @@ from sdlearn.unet import AddedEmbedding, UNet
 from sdlearn.vae import VAE
 
 RECIPE = Recipe(
-    steps=600, batch=16, lr=2e-3, warmup=20, cooldown=400, ema=0.99, decay=0.0
+    steps=400, batch=16, lr=2e-3, warmup=50, cooldown=250, ema=0.99, decay=0.0
 )
 BANK = 2_048  # training scenes, each cut once, whose latents are computed once
 SMALLEST, LARGEST = 16, 64  # pixels that are cut off at the top, or on the left
@@ -68,7 +68,9 @@ def cropped(picture: np.ndarray, top: int, left: int, ground: Any) -> np.ndarray
 def told_of_sizes(unet: UNet) -> UNet:
     """The same U-Net with an input for six ids, to which it does not listen as yet."""
     told = UNet(replace(unet.config, added=6 * AddedEmbedding.waves))
-    for parameter in told.add_embedding.linear_2.parameters():
+    first, second = told.add_embedding.linear_1, told.add_embedding.linear_2
+    nn.init.normal_(first.weight, std=0.05)  # near crops are to differ from the start
+    for parameter in second.parameters():
         nn.init.zeros_(parameter)
     told.load_state_dict(told.state_dict() | unet.state_dict())
     return told

@@ -107,19 +107,20 @@ def add_picture_arguments(
     which.add_argument("--set", choices=sets, help="one of ours")
     add("--model", default="checkpoints/tiny", metavar="PATH",
         help="the model that learns (checkpoints/tiny)")  # fmt: skip
-    add("--steps", type=int, default=recipe.steps, metavar="N",
+    add("--steps", type=int, metavar="N",
         help=f"training steps ({recipe.steps})")  # fmt: skip
-    add("--lr", type=float, default=recipe.lr, metavar="RATE",
+    add("--lr", type=float, metavar="RATE",
         help=f"learning rate ({recipe.lr}; {usual} for SD 1.5)")  # fmt: skip
-    add("--batch", type=int, default=recipe.batch, metavar="B",
+    add("--batch", type=int, metavar="B",
         help=f"of these pictures, examples a step ({recipe.batch})")  # fmt: skip
     add("--device", metavar="NAME", help="cuda, mps or cpu (the first that is there)")
     add_run_arguments(add)
 
 
 def asked(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    """The recipe with the arguments' steps, rate and batch; it cools down as long, for
-    its length."""
-    cooldown = args.steps * recipe.cooldown // recipe.steps
-    how = {"steps": args.steps, "lr": args.lr, "batch": args.batch}
-    return replace(recipe, cooldown=cooldown, **how)
+    """The recipe with the steps, rate and batch that the arguments name; it cools down
+    for the same share of its length."""
+    given = {name: getattr(args, name) for name in ("steps", "lr", "batch")}
+    told = {name: value for name, value in given.items() if value is not None}
+    cooldown = told.get("steps", recipe.steps) * recipe.cooldown // recipe.steps
+    return replace(recipe, cooldown=cooldown, **told)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: `--help` should not wait for
     from PIL.Image import Image
 
     from sdlearn.controlnet import Control
-    from sdlearn.inversion import Embedding
+    from sdlearn.inversion import Embedding, WordFile
     from sdlearn.pipeline import Drawing, StableDiffusion
     from sdlearn.request import Request, Settings
     from sdlearn.sdxl import PartOfTheWay
@@ -323,6 +323,7 @@ def request_of(args: argparse.Namespace) -> Request:
     given |= {name: x for name, x in usual.items() if given[name] is None}
     if args.command == "inpaint":
         given |= hole_of(args)
+    given["extras"] = [*given.get("extras", ()), *words_told(args)]
     return Request(args.prompt, **given)
 
 
@@ -388,6 +389,14 @@ def read_words(args: argparse.Namespace) -> list[Embedding]:
 
     found = [split_word(text) for text in args.embedding]
     return [read_embedding(find_model(file), word) for file, word in found]
+
+
+def words_told(args: argparse.Namespace) -> list[WordFile]:
+    """The same words, for the pictures' files."""
+    from sdlearn.inversion import WordFile, split_word
+
+    found = [split_word(text) for text in args.embedding]
+    return [WordFile(str(find_model(file)), word) for file, word in found]
 
 
 def controls_of(args: argparse.Namespace) -> list[Control]:

@@ -557,7 +557,7 @@ def test_what_was_made_for_the_base_is_not_given_to_the_refiner(tmp_path, capsys
 
     def draw(sd, request):
         merged = any("original" in vars(layer) for layer in layers_of(sd.networks()).values())
-        ends = [(x.begin, x.end) for x in request.extras]
+        ends = [(x.begin, x.end) for x in request.extras if isinstance(x, PartOfTheWay)]
         seen.append((sd.name, request.prompt, merged, len(sd.tokenizer), len(request.control), ends))
         return drawing(sd, request)
 

@@ -14,7 +14,19 @@ from sdlearn.pipeline import StableDiffusion
 from sdlearn.tiny.evaluate import fresh_scenes
 from sdlearn.tiny.finder import ALONE, find, shows
 from sdlearn.tiny.judge import load_judge, look, verdict
-from sdlearn.tiny.lora import UNSHOWN, WORD, LoraTask, drawings, english, in_ink, unicorn_scene, unicorns
+from sdlearn.tiny.lora import (
+    SETS,
+    UNSHOWN,
+    WORD,
+    LoraTask,
+    PairedLoraTask,
+    drawings,
+    english,
+    in_ink,
+    new_lora,
+    unicorn_scene,
+    unicorns,
+)
 from sdlearn.tiny.scenes import BACKGROUNDS, OBJECTS, random_scene
 from sdlearn.tiny.tasks import to_tensor
 
@@ -78,6 +90,25 @@ def test_old_scenes_and_empty_captions_are_mixed_in(task):
         number = next(i for i, x in enumerate(task.new) if torch.equal(x, row))
         assert torch.equal(told, task.tokenizer(task.captions[number])[0])
     assert torch.equal(task.examples([random.Random(5)])["noise"], batch["noise"][5:6])
+
+
+def test_pairs_are_asked_with_words_and_without(small_folder):
+    """The same noise, picture and time twice; what guidance makes of weak noise counts, too."""
+    sd = StableDiffusion.load(small_folder, "cpu", torch.float32)
+    lora = new_lora({"unet": sd.unet}, {r"attn\d\.to_": 2, "conv1": 1}, None)
+    assert {pair.rank for name, pair in lora.items() if "conv1" in name} == {1}
+    assert {pair.rank for name, pair in lora.items() if "attn" in name} == {2} and SETS[WORD].paired
+    pictures = [(Image.new("RGB", (32, 32), "red"), "a red thing")]
+    task = PairedLoraTask(sd, lora, pictures, None, below=1000, guided=0.5)
+    batch = task.examples([random.Random(i) for i in range(8)])
+    told, untold = batch["tokens"].chunk(2)
+    assert torch.equal(told, task.tokenizer(["a red thing"] * 4)) and torch.equal(untold, task.tokenizer([""] * 4))
+    assert all(torch.equal(*batch[name].chunk(2)) for name in ("latents", "noise", "t"))
+    losses = task(batch)
+    task.guided = 0.0
+    without = task(batch)["loss"]
+    torch.testing.assert_close(losses["loss"], without + 0.5 * losses["guided"])
+    assert losses["guided"] > 0
 
 
 def test_a_task_without_old_scenes(small_folder):

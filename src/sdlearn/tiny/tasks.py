@@ -60,7 +60,7 @@ def normal(rngs: Sequence[random.Random], *shape: int) -> Tensor:
 
 
 def numbered_scene(number: int) -> Scene:
-    """Training scene number so-and-so: the same for everyone."""
+    """The training scene of this number, the same in every run."""
     return random_scene(random.Random(number))
 
 
@@ -328,8 +328,8 @@ def doodle(rng: random.Random) -> np.ndarray:
 class DecoderTask(VAETask):
     """VAETask for the decoder alone: the encoder stays, and latents keep their meaning.
 
-    noise: latents are off by up to so many standard deviations. doodles: the share of
-    pictures that show nothing.
+    noise: how far off latents are at most, in standard deviations. doodles: the share
+    of pictures that show nothing.
     """
 
     def __init__(self, vae: VAE, noise: float = 0.2, doodles: float = 0.25):

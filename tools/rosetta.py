@@ -300,10 +300,20 @@ controlnet.ControlNet.of | diffusers.ControlNetModel.from_unet | | | 16
 controlnet.HintPyramid | diffusers.models.controlnets.controlnet.ControlNetConditioningEmbedding | | | 16
 controlnet.zero | diffusers.models.controlnets.controlnet.zero_module | `zero_module` | $\mathcal Z$ | 16
 controlnet.Control | diffusers.StableDiffusionControlNetPipeline.__call__(control_guidance_start) | | | 16
+lcm.guidance_embedding | diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding | | $w$ | 18
+samplers.lcm | diffusers.LCMScheduler.step | | $f_\theta$ | 18
+samplers.boundary | diffusers.LCMScheduler.get_scalings_for_boundary_condition_discrete | | $c_\text{out}$ | 18
+samplers.lcm_levels | diffusers.LCMScheduler.set_timesteps | | | 18
 pipeline.StableDiffusion | diffusers.StableDiffusionPipeline | `LatentDiffusion` | | 12
 pipeline.StableDiffusion.img2img | diffusers.StableDiffusionImg2ImgPipeline | `scripts/img2img.py` | | 12
 inversion.add_embedding | diffusers.StableDiffusionPipeline.load_textual_inversion | | $v^*$ | 15
 tokenizer.Tokenizer.parts | diffusers.StableDiffusionPipeline.maybe_convert_prompt | | | 15
+pipeline.StableDiffusion.encode_xl | diffusers.StableDiffusionXLPipeline.encode_prompt | | | 17
+unet.AddedEmbedding | diffusers.models.embeddings.TimestepEmbedding | `UNetModel.label_emb` | | 17
+sdxl.MicroConditioning.original | diffusers.StableDiffusionXLPipeline.__call__(original_size) | | $c_{size}$ | 17
+sdxl.MicroConditioning.crop | diffusers.StableDiffusionXLPipeline.__call__(crops_coords_top_left) | | $c_{crop}$ | 17
+sdxl.PartOfTheWay.end | diffusers.StableDiffusionXLPipeline.__call__(denoising_end) | | | 17
+sdxl.PartOfTheWay.begin | diffusers.StableDiffusionXLImg2ImgPipeline.__call__(denoising_start) | | | 17
 """
 CALL = "diffusers.StableDiffusionPipeline.__call__"
 IMAGE = "diffusers.StableDiffusionImg2ImgPipeline.__call__"
@@ -337,6 +347,7 @@ unet.UNetConfig.blocks | layers_per_block | `num_res_blocks` | | 07
 unet.UNetConfig.context_width | cross_attention_dim | `context_dim` | $d_\tau$ | 07
 unet.UNetConfig.in_channels | in_channels | `in_channels` | | 07
 unet.UNetConfig.groups | norm_num_groups | |  | 07
+unet.UNetConfig.guidance_width | time_cond_proj_dim | | | 18
 vae.VAEConfig.channels | block_out_channels | `ch`, `ch_mult` | | 05
 vae.VAEConfig.blocks | layers_per_block | `num_res_blocks` | | 05
 vae.VAEConfig.latent_channels | latent_channels | `z_channels` | $c$ | 05
@@ -354,6 +365,12 @@ prediction.Prediction.name | prediction_type | `parameterization` | | 08
 schedule.Schedule.spacing | timestep_spacing | `ddim_discretize` | | 08
 schedule.Schedule.offset | steps_offset | |  | 08
 schedule.Schedule.ends_clean | set_alpha_to_one | |  | 08
+unet.UNetConfig.depth | transformer_layers_per_block | `transformer_depth` | | 17
+unet.UNetConfig.linear | use_linear_projection | `use_linear_in_transformer` | | 17
+unet.UNetConfig.added | projection_class_embeddings_input_dim | `adm_in_channels` | | 17
+vae.VAEConfig.upcast | force_upcast | | | 17
+clip.CLIPTextConfig.exact_gelu | hidden_act | | | 17
+clip.CLIPTextConfig.projection | projection_dim | | | 17
 """
 
 

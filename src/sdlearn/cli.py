@@ -16,8 +16,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -29,9 +30,10 @@ if TYPE_CHECKING:  # torch takes seconds to import: `--help` should not wait for
     from PIL.Image import Image
 
     from sdlearn.controlnet import Control
-    from sdlearn.inversion import Embedding
-    from sdlearn.pipeline import StableDiffusion
+    from sdlearn.inversion import Embedding, WordFile
+    from sdlearn.pipeline import Drawing, StableDiffusion
     from sdlearn.request import Request, Settings
+    from sdlearn.sdxl import PartOfTheWay
 
 # Modules with add_arguments() and main()
 ELSEWHERE = {
@@ -101,9 +103,9 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
     """The fields of a `Request`. listed: list the samplers, which imports torch."""
     add = parser.add_argument
     add("--negative-prompt", default="", metavar="TEXT", help="what must not be there")
-    add("--steps", type=int, default=50, metavar="N", help="denoising steps (50)")
-    add("--cfg-scale", type=float, default=7.5, metavar="S",
-        help="how much the prompt counts (7.5)")  # fmt: skip
+    add("--steps", type=int, metavar="N", help="denoising steps (50; 4 for lcm)")
+    add("--cfg-scale", type=float, metavar="S",
+        help="how much the prompt counts (7.5; 1 for an LCM-LoRA)")  # fmt: skip
     add("--sampler", default="ddpm", metavar="NAME", help="ddpm (the default) ...")
     add("--spacing", metavar="NAME", help="which noise levels it visits (the model's)")
     add("--eta", type=float, metavar="E", help="how much fresh noise (the sampler's)")
@@ -121,6 +123,7 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
     add("--embedding", action="append", default=[], metavar="FILE[:WORD]",
         help="a textual inversion, or several: a word for prompts")  # fmt: skip
     add_control_arguments(parser)
+    add_xl_arguments(parser)
     add_model_arguments(parser)
     if listed:
         from sdlearn.samplers import SAMPLERS
@@ -131,6 +134,23 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
         parser.epilog = "\n".join(
             ["samplers:", *rows, f"spacings: {' '.join(SPACINGS)}"]
         )
+
+
+def add_xl_arguments(parser: argparse.ArgumentParser) -> None:
+    """What SDXL is told beside the words."""
+    add = parser.add_argument
+    add("--original-size", nargs=2, type=int, metavar=("H", "W"),
+        help="SDXL: the size that the picture is said to have had")  # fmt: skip
+    add("--crop", nargs=2, type=int, metavar=("TOP", "LEFT"),
+        help="SDXL: what is said to have been cut off (0 0)")  # fmt: skip
+
+
+def add_refiner_arguments(parser: argparse.ArgumentParser) -> None:
+    """Who draws the end; with a mask nobody, since a refiner sees none."""
+    add = parser.add_argument
+    add("--refiner", metavar="PATH", help="SDXL: a refiner that draws the end")
+    add("--refine-at", type=float, default=0.8, metavar="A",
+        help="after which part of the way it takes over, 0 to 1 (0.8)")  # fmt: skip
 
 
 def add_inpainting_arguments(parser: argparse.ArgumentParser) -> None:
@@ -172,7 +192,7 @@ def add_control_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default=MODEL, metavar="PATH", help=f"folder or SD 1 file ({MODEL})")
+    add("--model", default=MODEL, metavar="PATH", help=f"folder or file ({MODEL})")
     add("--device", metavar="NAME", help="cuda, mps or cpu (the first that is there)")
     add("--dtype", choices=DTYPES, metavar="TYPE",
         help="float32, float16 or bfloat16 (by device)")  # fmt: skip
@@ -206,6 +226,7 @@ def make_parser(argv: Sequence[str]) -> Parser:
     txt2img.add_argument(
         "prompt", nargs="+", help="one or more, each in quotes; '' draws anything"
     )
+    add_refiner_arguments(txt2img)
     add_drawing_arguments(txt2img, bool(helped) and command == "txt2img")
 
     img2img = commands.add_parser("img2img", help="text and a picture -> pictures")
@@ -215,11 +236,13 @@ def make_parser(argv: Sequence[str]) -> Parser:
         help="the picture to begin with")  # fmt: skip
     add("--strength", type=float, default=0.8, metavar="S",
         help="how much of it is forgotten: above 0, up to 1 (0.8)")  # fmt: skip
+    add_refiner_arguments(img2img)
     add_drawing_arguments(img2img, bool(helped) and command == "img2img")
 
     inpaint = commands.add_parser("inpaint", help="paint a part of a picture anew")
     inpaint.add_argument("prompt", nargs="+", help="what the whole picture shows then")
     add_inpainting_arguments(inpaint)
+    inpaint.set_defaults(refiner=None)
     add_drawing_arguments(inpaint, bool(helped) and command == "inpaint")
 
     demo = commands.add_parser("demo", help="a few pictures, of both kinds, with times")
@@ -295,9 +318,23 @@ def request_of(args: argparse.Namespace) -> Request:
 
     names = {"image", *Settings.__annotations__}
     given = {name: value for name, value in vars(args).items() if name in names}
+    few = args.sampler == "lcm"
+    usual = {"steps": 4 if few else 50, "cfg_scale": 1.0 if few else 7.5}
+    given |= {name: x for name, x in usual.items() if given[name] is None}
     if args.command == "inpaint":
         given |= hole_of(args)
+    given["extras"] = [*given.get("extras", ()), *words_told(args)]
     return Request(args.prompt, **given)
+
+
+def told_of(args: argparse.Namespace) -> list:
+    """What SDXL is told of sizes, if anything was said of them."""
+    if args.original_size is None and args.crop is None:
+        return []
+    from sdlearn.sdxl import MicroConditioning
+
+    original = tuple(args.original_size) if args.original_size else None
+    return [MicroConditioning(original, tuple(args.crop or (0, 0)))]
 
 
 def hole_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -354,6 +391,14 @@ def read_words(args: argparse.Namespace) -> list[Embedding]:
     return [read_embedding(find_model(file), word) for file, word in found]
 
 
+def words_told(args: argparse.Namespace) -> list[WordFile]:
+    """The same words, for the pictures' files."""
+    from sdlearn.inversion import WordFile, split_word
+
+    found = [split_word(text) for text in args.embedding]
+    return [WordFile(str(find_model(file)), word) for file, word in found]
+
+
 def controls_of(args: argparse.Namespace) -> list[Control]:
     """The ControlNets, each with what belongs to it."""
     files, hints = args.control_files, args.hint
@@ -388,6 +433,11 @@ def controls_of(args: argparse.Namespace) -> list[Control]:
 
 def draw(sd: StableDiffusion, request: Request, label: str) -> list[Image]:
     """The pictures, with a progress bar on stderr."""
+    return watch(sd, request, label).images()
+
+
+def watch(sd: StableDiffusion, request: Request, label: str) -> Drawing:
+    """The last moment of a drawing, with a progress bar on stderr."""
     from tqdm import tqdm
 
     drawings = sd.draw(request)
@@ -395,7 +445,58 @@ def draw(sd: StableDiffusion, request: Request, label: str) -> list[Image]:
         for drawing in drawings:
             bar.total = drawing.total
             bar.update()
-        return drawing.images()
+        return drawing
+
+
+def load_base(
+    args: argparse.Namespace, loras: list[tuple[Path, float]], words: list[Embedding]
+) -> StableDiffusion:
+    """The model, with the LoRAs merged into it and the words added."""
+    sd = load_model(args)
+    if loras:
+        from sdlearn.lora import load_lora, merge
+
+        networks = sd.networks()
+        merge(networks, *((load_lora(path, networks), x) for path, x in loras))
+    for word in words:
+        from sdlearn.inversion import add_embedding
+
+        add_embedding(sd, word)
+    return sd
+
+
+def refine(
+    args: argparse.Namespace,
+    load: Callable[[], StableDiffusion],
+    request: Request,
+    label: str,
+) -> tuple[StableDiffusion, PartOfTheWay, list[Image]]:
+    """The base as far as it goes, then its refiner: one of them is in memory at a time.
+
+    LoRAs, words and ControlNets were made for the base: the refiner gets none of them.
+    Returns who drew last, which part of the way, and the pictures.
+    """
+    from sdlearn.checkpoint import hub
+    from sdlearn.checkpoint.load import plan
+    from sdlearn.sdxl import PartOfTheWay
+
+    first, rest = PartOfTheWay(end=args.refine_at), PartOfTheWay(args.refine_at)
+    paths = [hub.find_model(find_model(path)) for path in (args.model, args.refiner)]
+    models = [plan(path).networks for path in paths]  # both, before the work begins
+    if len({model["vae"].model.config.scale for model in models}) > 1:
+        raise ValueError(
+            f"{args.refiner} has other latents than {args.model}: give a model of the "
+            "same family to go on with them"
+        )
+    sd = load()
+    begun = watch(sd, replace(request, extras=[*request.extras, first]), label)
+    latents, name = begun.latents, sd.name
+    del sd, begun
+    sd = load_model(argparse.Namespace(**vars(args) | {"model": args.refiner}))
+    sd.name = f"{name} and {sd.name}"
+    request = replace(request, extras=[*request.extras, rest], control=())
+    request = replace(request, image=None, latents=latents)
+    return sd, rest, draw(sd, request, f"{label}, refined")
 
 
 def is_file(output: Path) -> bool:
@@ -444,26 +545,37 @@ def save_all(
     return paths
 
 
+def say_advice(request: Request, hears: bool, changed: bool) -> None:
+    """What to expect of few steps with these weights."""
+    from sdlearn.lcm import advice
+
+    negative = any(request.negative_prompt)
+    how = request.sampler, request.cfg_scale, negative, hears, changed
+    for line in advice(*how):
+        say(f"sdlearn: {line}")
+
+
 def run_drawing(args: argparse.Namespace) -> None:
     """`sdlearn txt2img`, `sdlearn img2img` and `sdlearn inpaint`."""
     write_tags(args)
     told = request_of(args)
     check_output(args.output, told.count)
-    words, extras = read_words(args), [*told.extras, *controls_of(args)]
-    told = replace(told, extras=extras)  # as the pictures' files tell it
+    words, extras = read_words(args), [*told.extras, *told_of(args)]
+    told = replace(told, extras=extras, control=controls_of(args))
     loras = take_tags(args)
-    request = replace(told, prompt=args.prompt)
-    sd = load_model(args)
-    if loras:
-        from sdlearn.lora import load_lora, merge
-
-        networks = sd.networks()
-        merge(networks, *((load_lora(path, networks), x) for path, x in loras))
-    for word in words:
-        from sdlearn.inversion import add_embedding
-
-        add_embedding(sd, word)
-    pictures = draw(sd, request, f"{args.command}, seed {request.seed[0]}")
+    load = partial(load_base, args, loras, words)
+    request = replace(told, prompt=args.prompt)  # `told` is for the pictures' files
+    label = f"{args.command}, seed {request.seed[0]}"
+    if args.refiner:
+        sd, part, pictures = refine(args, load, request, label)
+        told = replace(told, extras=[*told.extras, part])
+    else:
+        sd = load()
+        hears = bool(sd.unet.config.guidance_width)
+        if hears and args.cfg_scale is None:
+            told, request = (replace(x, cfg_scale=7.5) for x in (told, request))
+        say_advice(request, hears, bool(loras))
+        pictures = draw(sd, request, label)
     for path in save_all(sd, told, pictures, args.output, args.command):
         say(path, sys.stdout)
 
@@ -478,7 +590,8 @@ REPAINT = "a green apple on a yellow background"
 EXCHANGE = "a yellow star above a penguin"  # the lower half of the third
 FILL = "a yellow apple on a green background"
 IN_INK = "a fox on a yellow background"
-BESIDE = ("controlnet-edges", "lora/ink.safetensors")  # in the model's folder
+# In the model's folder.
+BESIDE = ("controlnet-edges", "lora/ink.safetensors", "lora/lcm.safetensors")
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -503,7 +616,7 @@ def run_demo(args: argparse.Namespace) -> None:
             f"output {args.output} is a file name, but the demo writes several "
             "pictures: give a folder"
         )
-    check_output(args.output, 8)
+    check_output(args.output, 11)
     with stage("loading the model, with PyTorch"):
         from sdlearn.request import Request
 
@@ -524,7 +637,7 @@ def run_demo(args: argparse.Namespace) -> None:
         how = {"strength": 1.0, "steps": 20, "sampler": "ddim", "seed": 4}
         how["extras"] = [Inpaint(mask)]
         draw_stage(Request(EXCHANGE, image=star, **how), "inpaint")
-    net, lora = (Path(find_model(args.model)) / name for name in BESIDE)
+    net, lora, lcm = (Path(find_model(args.model)) / name for name in BESIDE)
     how = {"steps": 12, "sampler": "dpmpp_2m", "spacing": "karras", "seed": 5}
     if net.is_dir():
         with stage("a ControlNet fills the outlines of the first picture"):
@@ -539,6 +652,13 @@ def run_demo(args: argparse.Namespace) -> None:
             merge(sd.networks(), (load_lora(lora, sd.networks()), 1.0))
             how["control"] = []
             draw_stage(Request(IN_INK, **how), "lora")
+    if lcm.is_file():
+        with stage("an LCM-LoRA draws three prompts again, in 4 steps"):
+            from sdlearn.lora import load_lora, merge
+
+            merge(sd.networks(), (load_lora(lcm, sd.networks()), 1.0))
+            how = {"steps": 4, "sampler": "lcm", "cfg_scale": 1.0, "seed": 2}
+            draw_stage(Request(DEMO[1:], **how), "txt2img")
     say("\n  ".join(["written:", *map(str, written)]), sys.stdout)
 
 
@@ -578,7 +698,8 @@ def plain_warnings() -> Iterator[None]:
     """Warnings of ours as one line on stderr; those of libraries stay silent."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", message="a prompt is cut")
+        for text in ("a prompt is cut", "this model draws in"):
+            warnings.filterwarnings("always", message=text)
         warnings.showwarning = lambda message, *_, **__: say(f"sdlearn: {message}")
         yield
 

@@ -50,7 +50,13 @@ class Embedding(NamedTuple):
 def add_embedding(sd: Any, embedding: Embedding) -> None:
     """Teach a `StableDiffusion` the word: tokens behind its vocabulary, rows below its
     table. All that it knew stays as it was, to the bit."""
-    (token, vectors), text = embedding, sd.text_encoder
+    token, vectors = embedding
+    if "text_encoder_2" in sd.parts:
+        raise ValueError(
+            f"{shown(token)} is a word for SD 1 or SD 2, but this model is an SDXL: "
+            "leave the word out, or take another model"
+        )
+    text = sd.text_encoder
     (count, width), known = vectors.shape, text.config.width
     if width != known:
         family = f" ({WIDTHS[width]})" if width in WIDTHS else ""
@@ -116,3 +122,17 @@ def write_embedding(path: str | Path, embedding: Embedding) -> None:
     pickled = partial(torch.save, a1111 if path.suffix == ".pt" else {token: kept})
     safe = path.suffix == ".safetensors"
     write_files({path: tensor_writer({token: kept}) if safe else pickled})
+
+
+class WordFile(NamedTuple):
+    """Says in a picture's file where a word of its prompt came from; an extra of a
+    `Request`. word: what it is called there, if not as in the file."""
+
+    path: str
+    word: str = ""
+
+    def __call__(self, sd: Any, setup: Any) -> Any:
+        return setup  # what the word does, `add_embedding` has done
+
+    def said(self) -> dict[str, object]:
+        return {"Embedding": f"{self.path}:{self.word}" if self.word else self.path}

@@ -274,7 +274,9 @@ def settings_of(request: Request, i: int) -> dict[str, object]:
         "CFG Rescale phi": request.rescale or None,
     }
     for extra in (*request.extras, *request.control):
-        said |= extra.said()
+        for name, value in extra.said().items():  # two of a kind are numbered
+            count = 1 + sum(known.startswith(name) for known in said)
+            said[f"{name} {count}" if count > 1 else name] = value
     return {name: value for name, value in said.items() if value is not None}
 
 
@@ -285,6 +287,7 @@ class Setup:
     shape: (B, C, h, w). network: (latents, t, **conditioning) -> the U-Net's answer.
     noise, x0: under the noise lies the picture, if there is one. start: the latents to
     begin with, levels: where they pass, after: what is done to them after each step.
+    told: what the network is told, for the prompts and for the negative ones.
     """
 
     request: Request
@@ -297,6 +300,7 @@ class Setup:
     start: Tensor
     decode: Callable[[Tensor], list[Image.Image]]
     after: After | None = None
+    told: tuple[dict[str, Tensor], dict[str, Tensor] | None] | None = None
 
 
 class Extra(Protocol):

@@ -83,12 +83,9 @@ def images(
     arrays = [to_array(picture) for picture in pictures]
     columns = min(columns, len(arrays))
     count = -(-len(arrays) // columns)
-    heads = 0.25 * bool(titles)
+    heads = 0.25 * (count if len(titles or ()) > columns else bool(titles))
     figure, axes = plt.subplots(
-        count,
-        columns,
-        figsize=(size * columns, (size + heads) * count),
-        squeeze=False,
+        count, columns, figsize=(size * columns, size * count + heads), squeeze=False
     )
     for axis in axes.flat:
         axis.axis("off")

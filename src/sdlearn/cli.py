@@ -114,6 +114,11 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
         help="pictures for each prompt, with seed, seed + 1 ... (1)")  # fmt: skip
     add("--rescale", type=float, default=0.0, metavar="PHI",
         help="guidance rescale, 0 to 1 (0: off)")  # fmt: skip
+    add("--guided-times", nargs=2, type=int, default=(0, 1000), metavar=("A", "B"),
+        help="guidance only at times from A to below B (0 1000)")  # fmt: skip
+    add("--reuse", type=int, default=1, metavar="N",
+        help="the whole U-Net only in one of N looks: for speed (1)")  # fmt: skip
+    add("--int8", action="store_true", help="weights in 8 bits: less memory")
     add("--clip-skip", type=int, default=0, metavar="N",
         help="text encoder layers to leave out (0)")  # fmt: skip
     add("--lora", action="append", default=[], metavar="FILE[:SCALE]",
@@ -297,6 +302,10 @@ def request_of(args: argparse.Namespace) -> Request:
     given = {name: value for name, value in vars(args).items() if name in names}
     if args.command == "inpaint":
         given |= hole_of(args)
+    if args.reuse != 1:
+        from sdlearn.reuse import Reuse
+
+        given["extras"] = [*given.get("extras", ()), Reuse(args.reuse)]
     return Request(args.prompt, **given)
 
 
@@ -463,6 +472,10 @@ def run_drawing(args: argparse.Namespace) -> None:
         from sdlearn.inversion import add_embedding
 
         add_embedding(sd, word)
+    if args.int8:  # last, since 8-bit weights cannot be changed
+        from sdlearn.speed import speed_up
+
+        speed_up(sd, int8=True)
     pictures = draw(sd, request, f"{args.command}, seed {request.seed[0]}")
     for path in save_all(sd, told, pictures, args.output, args.command):
         say(path, sys.stdout)

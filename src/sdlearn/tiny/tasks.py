@@ -537,10 +537,9 @@ class HintedTask(DenoiseTask):
         }
 
 
-class GuidedTask(HintedTask):
-    """HintedTask for the last steps: the error of the guided answer counts, too.
-
-    It needs each example with words and without.
+class PairedTask(DenoiseTask):
+    """DenoiseTask with each example twice, with words and without: the error of the
+    guided answer counts, too.
 
     Where noise is weak (t < below) all can be seen and words add nothing, so the two
     answers should be one; guidance by `scale` multiplies whatever else they differ in.
@@ -555,7 +554,7 @@ class GuidedTask(HintedTask):
         guided: float = 0.1,
         **more: Any,
     ):
-        super().__init__(*others, **{"drop": 0.0, "hint": 0.05} | more)
+        super().__init__(*others, **{"drop": 0.0} | more)
         self.scale, self.below, self.guided = scale, below, guided
 
     def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
@@ -571,7 +570,7 @@ class GuidedTask(HintedTask):
         weak = (t < self.below)[:, None, None, None]
         answers = {"told": told, "guided": untold + self.scale * (told - untold)}
         weakly = {
-            name: super(GuidedTask, self).losses(
+            name: super(PairedTask, self).losses(
                 torch.where(weak, y, target), target, t
             )["loss"]
             for name, y in answers.items()
@@ -579,3 +578,10 @@ class GuidedTask(HintedTask):
         return (
             losses | weakly | {"loss": losses["loss"] + self.guided * weakly["guided"]}
         )
+
+
+class GuidedTask(PairedTask, HintedTask):
+    """The last steps of the recipe: pairs, and a smaller hint."""
+
+    def __init__(self, *others: Any, **more: Any):
+        super().__init__(*others, **{"hint": 0.05} | more)

@@ -2,6 +2,8 @@
 Exported from book/19_speed.ipynb by `make export`; edit it there.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +31,8 @@ class EightBits(nn.Module):
         numbers, scale = to_eight_bits(layer.weight.detach())
         self.register_buffer("numbers", numbers)
         self.register_buffer("scale", scale)
-        self.bias, self.how = layer.bias, {}
+        self.bias = layer.bias
+        self.how: dict[str, Any] = {}
         if isinstance(layer, nn.Conv2d):
             self.how = {"stride": layer.stride, "padding": layer.padding}
 
@@ -51,6 +54,6 @@ def in_eight_bits(network: nn.Module) -> nn.Module:
     """
     for module in [*network.modules()]:
         for name, part in module.named_children():
-            if type(part) in (nn.Linear, nn.Conv2d):
+            if isinstance(part, nn.Linear | nn.Conv2d):
                 setattr(module, name, EightBits(part))
     return network

@@ -1,6 +1,5 @@
-"""a drawing -> nearly the same for less: deep features that neighbouring looks share.
+"""a drawing -> nearly the same for less, by sharing deep features. Chapter 19.
 Exported from book/19_speed.ipynb by `make export`; edit it there.
-Chapter 19.
 """
 
 import copy
@@ -32,8 +31,8 @@ def cut(unet: UNet, skips: int) -> tuple[UNet, nn.Module]:
     skips = whole_number(1, len(stages) - 1)("skips", skips)
     first, top = stages[-skips], copy.copy(unet)
     top._modules = dict(unet._modules)
-    top.down, top.middle = unet.down[: skips - 1], Below()
-    top.up = unet.up[first:]
+    top.down, top.up = unet.down[: skips - 1], unet.up[first:]
+    top.middle = Below()  # type: ignore[assignment]
     return top, unet.up[first - 1]
 
 

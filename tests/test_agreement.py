@@ -148,13 +148,14 @@ GOOD: dict[str, Change] = {
     "position_ids": tensors(TEXT, lambda c: c.update({"text_model.embeddings.position_ids": torch.arange(77)})),
     "attention of 2022": tensors(VAE, lambda c: [c.update({n.replace(".to_q.", ".query."): c.pop(n)}) for n in [*c]]),
     "a safety checker that is not there": config("index", safety_checker=["stable_diffusion", "Checker"]),
+    "gelu": config("text_encoder", hidden_act="gelu"),
+    "SD 2's projections": config("unet", use_linear_projection=True),  # a 1x1 convolution holds the same numbers
     "a link to it": lambda folder: (folder.rename(folder.parent / "behind"), folder.symlink_to("behind")),
 }  # fmt: skip
 BAD: dict[str, Change] = {
-    "gelu": config("text_encoder", hidden_act="gelu"),
+    "relu": config("text_encoder", hidden_act="relu"),
     "norm_eps 1e-6": config("unet", norm_eps=1e-6),
     "SDXL's additions": config("unet", addition_embed_type="text_time"),
-    "SD 2's projections": config("unet", use_linear_projection=True),
     "intermediate_size": config("text_encoder", intermediate_size=100),
     "unequal layers_per_block": config("unet", layers_per_block=[1, 2]),
     "sample_size 1.5": config("unet", sample_size=1.5),

@@ -15,8 +15,8 @@ from PIL import Image
 from random_model import save_random_model
 
 from sdlearn import cli
-from sdlearn.pictures import read_parameters
 from sdlearn.lora import save_lora, with_lora
+from sdlearn.pictures import read_parameters
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.request import Request
 

@@ -103,7 +103,7 @@ def test_heads_are_called_attention_head_dim_and_may_be_one_number_or_a_list():
 
 
 def test_a_list_of_equal_values_is_that_value():
-    newer = {"layers_per_block": [2, 2, 2, 2], "only_cross_attention": [False] * 4, "transformer_layers_per_block": [1]}
+    newer = {"layers_per_block": [2, 2, 2, 2], "only_cross_attention": [False] * 4, "conv_in_kernel": [3]}
     assert config.unet_from_json(SD_UNET | newer) == UNetConfig()
 
 
@@ -128,10 +128,12 @@ def test_what_cannot_be_honoured_is_named(part, key):
 
 
 def test_hints_name_the_model():
-    with pytest.raises(ValueError, match="this is the U-Net of SDXL$"):
-        config.unet_from_json(SD_UNET | {"addition_embed_type": "text_time"})
-    with pytest.raises(ValueError, match="SD 2"):
-        config.text_from_json(SD_TEXT | {"hidden_act": "gelu"})
+    with pytest.raises(ValueError, match="this is a latent consistency model$"):
+        config.unet_from_json(SD_UNET | {"time_cond_proj_dim": 256})
+    whole = config.clip_to_json(CLIPTextConfig(), CLIPImageConfig(), 768)
+    whole["vision_config"]["hidden_act"] = "gelu"
+    with pytest.raises(ValueError, match="this is the image tower of an OpenCLIP$"):
+        config.clip_from_json(whole)
 
 
 @pytest.mark.parametrize(

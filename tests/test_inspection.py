@@ -126,11 +126,12 @@ KINDS = [  # tensors -> what the text says, what a sentence of the loader says
     ({LDM_K: (320, 1024), FIRST: (320, 9, 3, 3), "cond_stage_model.model.ln_final.bias": (1024,)},
      "Stable Diffusion 2.x (base or v: its tensors do not say), inpainting, in one file", "a Stable Diffusion 2"),
     ({LDM_K: (320, 2048), FIRST: (320, 4, 3, 3), "conditioner.embedders.0.transformer.text_model.x": (1,),
-      "conditioner.embedders.1.model.ln_final.bias": (1280,)}, "Stable Diffusion XL (base), in one", "an SDXL model"),
+      "conditioner.embedders.1.model.ln_final.bias": (1280,)},
+     "Stable Diffusion XL (base, or Turbo: its tensors do not say), in one", "an SDXL model"),
     ({LDM_K: (320, 2048), FIRST: (320, 9, 3, 3), "conditioner.embedders.0.transformer.text_model.x": (1,)},
-     "Stable Diffusion XL (base), inpainting, in one file", "an SDXL model"),
+     "Stable Diffusion XL (base, or Turbo: its tensors do not say), inpainting, in one file", "an SDXL model"),
     ({LDM_K: (384, 1280), FIRST: (384, 4, 3, 3), "conditioner.embedders.0.model.ln_final.bias": (1280,)},
-     "Stable Diffusion XL (refiner), in one file", "an SDXL model"),
+     "Stable Diffusion XL (refiner), in one file", "an SDXL refiner"),
     ({"encoder.mid.attn_1.q.weight": (512, 512, 1, 1), "decoder.conv_in.weight": (512, 4, 3, 3)},
      "VAE alone for SD 1, SD 2 or SDXL (their shapes are the same), LDM names", "a VAE alone"),
     ({"first_stage_model.encoder.mid.attn_1.q.weight": (512, 512, 1, 1)}, "VAE alone, LDM names", "a VAE alone"),
@@ -179,8 +180,9 @@ KINDS = [  # tensors -> what the text says, what a sentence of the loader says
 def test_kinds(tmp_path, shapes, description, recognised):
     report = inspect(write_sparse(tmp_path / "x.safetensors", shapes, "F16"))
     assert report.description.startswith(description)
-    word = description.startswith("textual inversion for SD 1")
-    assert bool(report.can) == word and len(report.but) == (not word)  # with no other, nor with half a LoRA
+    words = "textual inversion for SD 1", "textual inversion for SD 2"
+    can = description.startswith((*words, "LoRA for SDXL, rank 4 in", "LoRA for SD 2"))  # others are half a LoRA
+    assert bool(report.can) == can and len(report.but) == (not can)
     assert sum(part.tensors for part in report.parts) == len(shapes) and "others" not in [p.name for p in report.parts]
     assert {part.precision for part in report.parts} == {"float16"}
     if recognised:
@@ -194,7 +196,10 @@ def test_inpainting_is_not_taken_for_a_plain_model(tmp_path):
     assert report.can == f'sdlearn inpaint "..." --image FILE --mask FILE --model {path}' and not report.but
     assert report.parts[0][1:3] == (686, 859_535_364)
     report = inspect(write_sparse(path, together(sd15_shapes(8)), "F16"))
-    reason = "x.safetensors is a Stable Diffusion 1 for instruct-pix2pix, but a whole SD 1 checkpoint is wanted"
+    reason = (
+        "x.safetensors is a Stable Diffusion 1 for instruct-pix2pix, but a whole checkpoint of SD 1, SD 2 or SDXL is "
+        "wanted"
+    )
     assert report.can == "" and len(report.but) == 1 and report.but[0].endswith(reason)
 
 

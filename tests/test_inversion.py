@@ -393,10 +393,16 @@ def test_what_cannot_be_trained(tmp_path, folder, toys, capsys, monkeypatch, wor
 
 
 def test_inspect_says_how_a_word_is_used(tmp_path):
-    told = {32: "", 192: "--embedding", 768: "--embedding", 1024: "a textual inversion for SD 2"}
+    told = {
+        32: "",
+        192: "--embedding",
+        768: "--embedding",
+        1024: "--embedding",
+        1280: "have 768 and those of SD 2 1024",
+    }
     for width, said in told.items():
         path = tmp_path / f"x{width}.safetensors"
         write_embedding(path, Embedding("<toy>", vectors(2, width)))
         report = inspect(path)
         assert said in report.can + " ".join(report.but) and report.description.endswith("vectors: 2"), width
-        assert bool(report.can) == (width in (192, 768))
+        assert bool(report.can) == (width in (192, 768, 1024))

@@ -14,15 +14,14 @@ from sdlearn.checkpoint.load import load_unet
 from sdlearn.cli import main
 from sdlearn.inpaint import to_mask
 from sdlearn.tiny import inpainting
+from sdlearn.tiny.difference import FILE, layers, low_rank, save_difference
 from sdlearn.tiny.inpainting import (
+    NEW,
     InpaintTask,
     Swap,
-    layers,
     load_inpainting,
-    low_rank,
     random_mask,
     random_swap,
-    save_difference,
     seam,
     swaps,
     tried,
@@ -48,29 +47,29 @@ def questions(channels=9):
 @torch.no_grad()
 def test_a_widened_network_begins_as_the_base(base):
     narrow, (x, t, context) = load_unet(base), questions()
-    wide = low_rank(widen(narrow))
+    wide = low_rank(widen(narrow), NEW)
     assert wide.config.in_channels == 9 and torch.equal(wide(x, t, context), narrow(x[:, :4], t, context))
     wide.conv_in.weight[:, 4:] += 1
     assert not torch.allclose(wide(x, t, context), narrow(x[:, :4], t, context), atol=0.1)
 
 
 def test_only_the_first_convolution_and_a_change_of_low_rank_learn(base):
-    unet = low_rank(widen(load_unet(base)), rank=3)
+    unet = low_rank(widen(load_unet(base)), NEW, rank=3)
     learned = {name for name, p in unet.named_parameters() if p.requires_grad}
     assert learned >= {"conv_in.weight", "conv_in.bias"}
     assert all(name.endswith((".up", ".down")) for name in learned - {"conv_in.weight", "conv_in.bias"})
     count = 0
-    for _, layer in layers(unet):
+    for _, layer in layers(unet, NEW):
         (change,) = layer.parametrizations["weight"]
         assert change.up.shape[1] == change.down.shape[0] == 3 and not change.up.any() and change.down.any()
         count += 1
     assert len(learned) == 2 + 2 * count and count > 20
-    assert all(parametrize.is_parametrized(layer) for _, layer in layers(unet))
+    assert all(parametrize.is_parametrized(layer) for _, layer in layers(unet, NEW))
 
 
 def shaken(base):
     """A twin that has learned something."""
-    unet = low_rank(widen(load_unet(base)))
+    unet = low_rank(widen(load_unet(base)), NEW)
     with torch.no_grad():
         for parameter in unet.parameters():
             if parameter.requires_grad:
@@ -81,15 +80,15 @@ def shaken(base):
 @torch.no_grad()
 def test_a_difference_is_saved_and_added_to_the_base(base, tmp_path):
     unet = shaken(base)
-    save_difference(unet, base, tmp_path)
-    assert (tmp_path / inpainting.FILE).stat().st_size < 0.5 * (base / "unet").stat().st_size + 10**6
+    save_difference(unet, NEW, base, tmp_path)
+    assert (tmp_path / FILE).stat().st_size < 0.5 * (base / "unet").stat().st_size + 10**6
     sd, (x, t, context) = load_inpainting(base, tmp_path), questions()
     right, before = unet(x, t, context), load_unet(base)(x[:, :4], t, context)
     assert (sd.unet(x, t, context) - right).abs().max() < 0.02 * (right - before).abs().max()
 
 
 def test_a_difference_to_other_weights_is_refused(base, tmp_path):
-    save_difference(shaken(base), base, tmp_path)
+    save_difference(shaken(base), NEW, base, tmp_path)
     other = shutil.copytree(base, tmp_path / "other")
     unet = load_unet(base)
     with torch.no_grad():

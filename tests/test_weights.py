@@ -189,7 +189,8 @@ def test_single_file_is_strict(tmp_path, model, single):
     name = "model.diffusion_model.input_blocks.0.0.weight"
     wrong = {
         "lacks the tensor " + name: {k: v for k, v in single.items() if k != name},
-        "is a Stable Diffusion 1 for instruct-pix2pix, but a whole SD 1": single | {name: torch.zeros(32, 8, 3, 3)},
+        "is a Stable Diffusion 1 for instruct-pix2pix, but a whole checkpoint of SD 1": single
+        | {name: torch.zeros(32, 8, 3, 3)},
         r"\(32, 4, 5, 5\).*\(32, 4, 3, 3\)": single | {name: torch.zeros(32, 4, 5, 5)},
         "is a Stable Diffusion 1 for latent consistency": single
         | {LDM["unet"] + "time_embed.cond_proj.weight": torch.zeros(1)},
@@ -355,7 +356,7 @@ def test_the_format_is_the_last_suffix(tmp_path, model, name):
 
 def test_a_single_file_cannot_hide_another_schedule(tmp_path, model):
     for other in (model[1]._replace(prediction=V), model[1]._replace(schedule=Schedule(cosine()))):
-        with pytest.raises(ValueError, match="a single file cannot say that this model has another schedule"):
+        with pytest.raises(ValueError, match="a single file of SD 1 cannot say that this model has another schedule"):
             weights.save(tmp_path / "x.safetensors", other)
         weights.save(tmp_path / "x", other)
         loaded = weights.load(tmp_path / "x")
@@ -539,7 +540,7 @@ def test_folder_of_another_kind(tmp_path):
     with pytest.raises(ValueError, match=r"is no model, for it has no model_index\.json: give the folder of a model"):
         weights.load(tmp_path)
     save_random_model(tmp_path)
-    for kind in ("StableDiffusionXLPipeline", "FluxPipeline", "StableDiffusion3Pipeline", 7, ["x"]):
+    for kind in ("StableDiffusion3Img2ImgPipeline", "FluxPipeline", "StableDiffusion3Pipeline", 7, ["x"]):
         (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
         with pytest.raises(ValueError, match=f"is a {re.escape(str(kind))}, but a StableDiffusionPipeline"):
             weights.load(tmp_path)

@@ -158,7 +158,8 @@ def render(name: str, modules: dict[str, Module]) -> str:
         if other != name and set(that.notebooks) & set(module.notebooks) and x in used
     ]
     first, _, rest = module.docstring.replace("\\", "\\\\").replace('"""', '\\"\\"\\"').partition("\n")
-    books = " and ".join(f"book/{notebook}" for notebook in module.notebooks)
+    *most, last = (f"book/{notebook}" for notebook in module.notebooks)
+    books = " and ".join([*([", ".join(most)] if most else []), last])
     head = f"Exported from {books} {MARK}"
     if len(head) > 88:  # several chapters
         head = f"Exported from {books}\n{MARK}"

@@ -304,6 +304,12 @@ pipeline.StableDiffusion | diffusers.StableDiffusionPipeline | `LatentDiffusion`
 pipeline.StableDiffusion.img2img | diffusers.StableDiffusionImg2ImgPipeline | `scripts/img2img.py` | | 12
 inversion.add_embedding | diffusers.StableDiffusionPipeline.load_textual_inversion | | $v^*$ | 15
 tokenizer.Tokenizer.parts | diffusers.StableDiffusionPipeline.maybe_convert_prompt | | | 15
+pipeline.StableDiffusion.encode_xl | diffusers.StableDiffusionXLPipeline.encode_prompt | | | 17
+unet.AddedEmbedding | diffusers.models.embeddings.TimestepEmbedding | `UNetModel.label_emb` | | 17
+sdxl.MicroConditioning.original | diffusers.StableDiffusionXLPipeline.__call__(original_size) | | $c_{size}$ | 17
+sdxl.MicroConditioning.crop | diffusers.StableDiffusionXLPipeline.__call__(crops_coords_top_left) | | $c_{crop}$ | 17
+sdxl.PartOfTheWay.end | diffusers.StableDiffusionXLPipeline.__call__(denoising_end) | | | 17
+sdxl.PartOfTheWay.begin | diffusers.StableDiffusionXLImg2ImgPipeline.__call__(denoising_start) | | | 17
 """
 CALL = "diffusers.StableDiffusionPipeline.__call__"
 IMAGE = "diffusers.StableDiffusionImg2ImgPipeline.__call__"
@@ -354,6 +360,12 @@ prediction.Prediction.name | prediction_type | `parameterization` | | 08
 schedule.Schedule.spacing | timestep_spacing | `ddim_discretize` | | 08
 schedule.Schedule.offset | steps_offset | |  | 08
 schedule.Schedule.ends_clean | set_alpha_to_one | |  | 08
+unet.UNetConfig.depth | transformer_layers_per_block | `transformer_depth` | | 17
+unet.UNetConfig.linear | use_linear_projection | `use_linear_in_transformer` | | 17
+unet.UNetConfig.added | projection_class_embeddings_input_dim | `adm_in_channels` | | 17
+vae.VAEConfig.upcast | force_upcast | | | 17
+clip.CLIPTextConfig.exact_gelu | hidden_act | | | 17
+clip.CLIPTextConfig.projection | projection_dim | | | 17
 """
 
 

@@ -16,8 +16,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -30,8 +31,9 @@ if TYPE_CHECKING:  # torch takes seconds to import: `--help` should not wait for
 
     from sdlearn.controlnet import Control
     from sdlearn.inversion import Embedding
-    from sdlearn.pipeline import StableDiffusion
+    from sdlearn.pipeline import Drawing, StableDiffusion
     from sdlearn.request import Request, Settings
+    from sdlearn.sdxl import PartOfTheWay
 
 # Modules with add_arguments() and main()
 ELSEWHERE = {
@@ -126,6 +128,7 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
     add("--embedding", action="append", default=[], metavar="FILE[:WORD]",
         help="a textual inversion, or several: a word for prompts")  # fmt: skip
     add_control_arguments(parser)
+    add_xl_arguments(parser)
     add_model_arguments(parser)
     if listed:
         from sdlearn.samplers import SAMPLERS
@@ -136,6 +139,23 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
         parser.epilog = "\n".join(
             ["samplers:", *rows, f"spacings: {' '.join(SPACINGS)}"]
         )
+
+
+def add_xl_arguments(parser: argparse.ArgumentParser) -> None:
+    """What SDXL is told beside the words."""
+    add = parser.add_argument
+    add("--original-size", nargs=2, type=int, metavar=("H", "W"),
+        help="SDXL: the size that the picture is said to have had")  # fmt: skip
+    add("--crop", nargs=2, type=int, metavar=("TOP", "LEFT"),
+        help="SDXL: what is said to have been cut off (0 0)")  # fmt: skip
+
+
+def add_refiner_arguments(parser: argparse.ArgumentParser) -> None:
+    """Who draws the end; with a mask nobody, since a refiner sees none."""
+    add = parser.add_argument
+    add("--refiner", metavar="PATH", help="SDXL: a refiner that draws the end")
+    add("--refine-at", type=float, default=0.8, metavar="A",
+        help="after which part of the way it takes over, 0 to 1 (0.8)")  # fmt: skip
 
 
 def add_inpainting_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,7 +197,7 @@ def add_control_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default=MODEL, metavar="PATH", help=f"folder or SD 1 file ({MODEL})")
+    add("--model", default=MODEL, metavar="PATH", help=f"folder or file ({MODEL})")
     add("--device", metavar="NAME", help="cuda, mps or cpu (the first that is there)")
     add("--dtype", choices=DTYPES, metavar="TYPE",
         help="float32, float16 or bfloat16 (by device)")  # fmt: skip
@@ -211,6 +231,7 @@ def make_parser(argv: Sequence[str]) -> Parser:
     txt2img.add_argument(
         "prompt", nargs="+", help="one or more, each in quotes; '' draws anything"
     )
+    add_refiner_arguments(txt2img)
     add_drawing_arguments(txt2img, bool(helped) and command == "txt2img")
 
     img2img = commands.add_parser("img2img", help="text and a picture -> pictures")
@@ -220,11 +241,13 @@ def make_parser(argv: Sequence[str]) -> Parser:
         help="the picture to begin with")  # fmt: skip
     add("--strength", type=float, default=0.8, metavar="S",
         help="how much of it is forgotten: above 0, up to 1 (0.8)")  # fmt: skip
+    add_refiner_arguments(img2img)
     add_drawing_arguments(img2img, bool(helped) and command == "img2img")
 
     inpaint = commands.add_parser("inpaint", help="paint a part of a picture anew")
     inpaint.add_argument("prompt", nargs="+", help="what the whole picture shows then")
     add_inpainting_arguments(inpaint)
+    inpaint.set_defaults(refiner=None)
     add_drawing_arguments(inpaint, bool(helped) and command == "inpaint")
 
     demo = commands.add_parser("demo", help="a few pictures, of both kinds, with times")
@@ -307,6 +330,16 @@ def request_of(args: argparse.Namespace) -> Request:
 
         given["extras"] = [*given.get("extras", ()), Reuse(args.reuse)]
     return Request(args.prompt, **given)
+
+
+def told_of(args: argparse.Namespace) -> list:
+    """What SDXL is told of sizes, if anything was said of them."""
+    if args.original_size is None and args.crop is None:
+        return []
+    from sdlearn.sdxl import MicroConditioning
+
+    original = tuple(args.original_size) if args.original_size else None
+    return [MicroConditioning(original, tuple(args.crop or (0, 0)))]
 
 
 def hole_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -397,6 +430,11 @@ def controls_of(args: argparse.Namespace) -> list[Control]:
 
 def draw(sd: StableDiffusion, request: Request, label: str) -> list[Image]:
     """The pictures, with a progress bar on stderr."""
+    return watch(sd, request, label).images()
+
+
+def watch(sd: StableDiffusion, request: Request, label: str) -> Drawing:
+    """The last moment of a drawing, with a progress bar on stderr."""
     from tqdm import tqdm
 
     drawings = sd.draw(request)
@@ -404,7 +442,60 @@ def draw(sd: StableDiffusion, request: Request, label: str) -> list[Image]:
         for drawing in drawings:
             bar.total = drawing.total
             bar.update()
-        return drawing.images()
+        return drawing
+
+
+def load_base(
+    args: argparse.Namespace, loras: list[tuple[Path, float]], words: list[Embedding]
+) -> StableDiffusion:
+    """The model, with the LoRAs merged into it and the words added."""
+    from sdlearn.speed import speed_up
+
+    sd = load_model(args)
+    if loras:
+        from sdlearn.lora import load_lora, merge
+
+        networks = sd.networks()
+        merge(networks, *((load_lora(path, networks), x) for path, x in loras))
+    for word in words:
+        from sdlearn.inversion import add_embedding
+
+        add_embedding(sd, word)
+    return speed_up(sd, int8=args.int8)  # last: 8-bit weights cannot be changed
+
+
+def refine(
+    args: argparse.Namespace,
+    load: Callable[[], StableDiffusion],
+    request: Request,
+    label: str,
+) -> tuple[StableDiffusion, PartOfTheWay, list[Image]]:
+    """The base as far as it goes, then its refiner: one of them is in memory at a time.
+
+    LoRAs, words and ControlNets were made for the base: the refiner gets none of them.
+    Returns who drew last, which part of the way, and the pictures.
+    """
+    from sdlearn.checkpoint import hub
+    from sdlearn.checkpoint.load import plan
+    from sdlearn.sdxl import PartOfTheWay
+
+    first, rest = PartOfTheWay(end=args.refine_at), PartOfTheWay(args.refine_at)
+    paths = [hub.find_model(find_model(path)) for path in (args.model, args.refiner)]
+    models = [plan(path).networks for path in paths]  # both, before the work begins
+    if len({model["vae"].model.config.scale for model in models}) > 1:
+        raise ValueError(
+            f"{args.refiner} has other latents than {args.model}: give a model of the "
+            "same family to go on with them"
+        )
+    sd = load()
+    begun = watch(sd, replace(request, extras=[*request.extras, first]), label)
+    latents, name = begun.latents, sd.name
+    del sd, begun
+    sd = load_base(argparse.Namespace(**vars(args) | {"model": args.refiner}), [], [])
+    sd.name = f"{name} and {sd.name}"
+    request = replace(request, extras=[*request.extras, rest], control=())
+    request = replace(request, image=None, latents=latents)
+    return sd, rest, draw(sd, request, f"{label}, refined")
 
 
 def is_file(output: Path) -> bool:
@@ -458,25 +549,17 @@ def run_drawing(args: argparse.Namespace) -> None:
     write_tags(args)
     told = request_of(args)
     check_output(args.output, told.count)
-    words, extras = read_words(args), [*told.extras, *controls_of(args)]
-    told = replace(told, extras=extras)  # as the pictures' files tell it
-    loras = take_tags(args)
-    request = replace(told, prompt=args.prompt)
-    sd = load_model(args)
-    if loras:
-        from sdlearn.lora import load_lora, merge
-
-        networks = sd.networks()
-        merge(networks, *((load_lora(path, networks), x) for path, x in loras))
-    for word in words:
-        from sdlearn.inversion import add_embedding
-
-        add_embedding(sd, word)
-    if args.int8:  # last, since 8-bit weights cannot be changed
-        from sdlearn.speed import speed_up
-
-        speed_up(sd, int8=True)
-    pictures = draw(sd, request, f"{args.command}, seed {request.seed[0]}")
+    words, extras = read_words(args), [*told.extras, *told_of(args)]
+    told = replace(told, extras=extras, control=controls_of(args))
+    load = partial(load_base, args, take_tags(args), words)
+    request = replace(told, prompt=args.prompt)  # `told` is for the pictures' files
+    label = f"{args.command}, seed {request.seed[0]}"
+    if args.refiner:
+        sd, part, pictures = refine(args, load, request, label)
+        told = replace(told, extras=[*told.extras, part])
+    else:
+        sd = load()
+        pictures = draw(sd, request, label)
     for path in save_all(sd, told, pictures, args.output, args.command):
         say(path, sys.stdout)
 
@@ -591,7 +674,8 @@ def plain_warnings() -> Iterator[None]:
     """Warnings of ours as one line on stderr; those of libraries stay silent."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", message="a prompt is cut")
+        for text in ("a prompt is cut", "this model draws in"):
+            warnings.filterwarnings("always", message=text)
         warnings.showwarning = lambda message, *_, **__: say(f"sdlearn: {message}")
         yield
 

@@ -30,10 +30,14 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 class CLIPLayer(nn.Module):
-    """A pre-LayerNorm layer: attention and two linear layers, ways around both."""
+    """A pre-LayerNorm layer: attention and two linear layers, ways around both.
 
-    def __init__(self, width: int, heads: int):
+    exact_gelu: between them the true GELU, as in OpenCLIP, not CLIP's QuickGELU.
+    """
+
+    def __init__(self, width: int, heads: int, exact_gelu: bool = False):
         super().__init__()
+        self.exact_gelu = exact_gelu
         self.layer_norm1 = nn.LayerNorm(width)
         self.self_attn = Attention(width, heads, bias=True)
         self.layer_norm2 = nn.LayerNorm(width)
@@ -42,7 +46,8 @@ class CLIPLayer(nn.Module):
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), causal=causal)
-        return x + self.fc2(quick_gelu(self.fc1(self.layer_norm2(x))))
+        gelu = F.gelu if self.exact_gelu else quick_gelu
+        return x + self.fc2(gelu(self.fc1(self.layer_norm2(x))))
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class CLIPTextConfig:
     width: int = 768
     layers: int = 12
     heads: int = 12
+    exact_gelu: bool = False  # OpenCLIP: GELU in place of QuickGELU
+    projection: int = 0  # width of a text_projection of its own; 0: it has none
 
 
 class CLIPTextEncoder(nn.Module):
@@ -68,9 +75,12 @@ class CLIPTextEncoder(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab, config.width)
         self.position_embedding = nn.Embedding(config.positions, config.width)
         self.layers = nn.ModuleList(
-            CLIPLayer(config.width, config.heads) for _ in range(config.layers)
+            CLIPLayer(config.width, config.heads, config.exact_gelu)
+            for _ in range(config.layers)
         )
         self.final_layer_norm = nn.LayerNorm(config.width)
+        if config.projection:
+            self.text_projection = nn.Linear(config.width, config.projection, False)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding.weight, std=0.01)
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdlearn.unet import Pointwise
+
 
 def to_eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(O, ...) -> whole numbers from -127 to 127, and a scale for each of O channels.
@@ -28,13 +30,18 @@ class EightBits(nn.Module):
 
     def __init__(self, layer: nn.Linear | nn.Conv2d):
         super().__init__()
-        numbers, scale = to_eight_bits(layer.weight.detach())
+        weight = layer.weight.detach()
+        if isinstance(layer, Pointwise):  # a 1x1 convolution by another name
+            weight = weight[..., None, None]
+        numbers, scale = to_eight_bits(weight)
         self.register_buffer("numbers", numbers)
         self.register_buffer("scale", scale)
         self.bias = layer.bias
         self.how: dict[str, Any] = {}
         if isinstance(layer, nn.Conv2d):
             self.how = {"stride": layer.stride, "padding": layer.padding}
+        elif isinstance(layer, Pointwise):
+            self.how = {"stride": 1}
 
     @property
     def weight(self) -> Tensor:

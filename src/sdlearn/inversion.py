@@ -50,7 +50,13 @@ class Embedding(NamedTuple):
 def add_embedding(sd: Any, embedding: Embedding) -> None:
     """Teach a `StableDiffusion` the word: tokens behind its vocabulary, rows below its
     table. All that it knew stays as it was, to the bit."""
-    (token, vectors), text = embedding, sd.text_encoder
+    token, vectors = embedding
+    if "text_encoder_2" in sd.parts:
+        raise ValueError(
+            f"{shown(token)} is a word for SD 1 or SD 2, but this model is an SDXL: "
+            "leave the word out, or take another model"
+        )
+    text = sd.text_encoder
     (count, width), known = vectors.shape, text.config.width
     if width != known:
         family = f" ({WIDTHS[width]})" if width in WIDTHS else ""

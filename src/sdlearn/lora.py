@@ -204,7 +204,8 @@ def save_lora(
             tensors[f"{name}.lora_A.weight"] = pair.down
             tensors[f"{name}.lora_B.weight"] = pair.alpha / pair.rank * pair.up
             continue
-        flat = name.replace(".", "_").replace("text_encoder_", "te_", 1)
+        flat = name.replace(".", "_").replace("text_encoder_2_", "te2_", 1)
+        flat = flat.replace("text_encoder_", "te_", 1)
         tensors[f"lora_{flat}.lora_down.weight"] = pair.down
         tensors[f"lora_{flat}.lora_up.weight"] = pair.up
         tensors[f"lora_{flat}.alpha"] = torch.tensor(pair.alpha)

@@ -1,5 +1,5 @@
 """prompt (and picture) -> pictures: Stable Diffusion, whole. Chapter 12.
-Exported from book/12_pipeline.ipynb and book/14_inpainting.ipynb
+Exported from book/12_pipeline.ipynb, book/14_inpainting.ipynb and book/17_sdxl.ipynb
 by `make export`; edit it there.
 """
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sdlearn.checkpoint.load import Parts, load, save
+from sdlearn.checkpoint.load import Parts, check_texts, is_fast, kept, load, save
 from sdlearn.guidance import Conditioning, Guided
 from sdlearn.inpaint import Inpaint
 from sdlearn.pictures import to_image, to_tensor
@@ -21,6 +21,7 @@ from sdlearn.prediction import EPSILON, Prediction
 from sdlearn.request import LARGEST, Request, Settings, Setup, picture
 from sdlearn.samplers import SAMPLERS, Denoiser, draw_noise, keep, sample
 from sdlearn.schedule import Level, Schedule, add_noise
+from sdlearn.unet import AddedEmbedding
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -46,20 +47,14 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 def check_fit(parts: dict[str, Any]) -> None:
     """Do the parts speak the same widths?"""
-    text, unet = parts["text_encoder"].config, parts["unet"].config
-    channels, words = parts["vae"].config.latent_channels, len(parts["tokenizer"])
+    unet, channels = parts["unet"].config, parts["vae"].config.latent_channels
     known = channels, 2 * channels + 1  # plain, or inpainting
     if unet.in_channels not in known or unet.out_channels != channels:
         raise ValueError(
             f"the U-Net takes {unet.in_channels} channels and answers "
             f"{unet.out_channels}, but the VAE makes {channels}: take both of one model"
         )
-    if unet.context_width != text.width or words > text.vocab:
-        raise ValueError(
-            f"a tokenizer of {words} tokens, a text encoder of {text.vocab} and width "
-            f"{text.width}, and a U-Net of context width {unet.context_width} do not "
-            "fit: take all from one model"
-        )
+    check_texts({name: getattr(x, "config", x) for name, x in parts.items()})
 
 
 def check_use(parts: dict[str, Any], extras: Sequence[Any]) -> None:
@@ -137,9 +132,10 @@ def last(drawings: Iterator[Drawing]) -> list[Image.Image]:
 class StableDiffusion:
     """Text -> pictures, and text + picture -> pictures. Rombach et al. 2022, figure 3.
 
-    parts: tokenizer, text_encoder, vae, unet. size: (height, width) in pixels, as in
-    training. dtype: what the networks compute in. offload: only the network at work is
-    on the device, the others wait on the CPU.
+    parts: tokenizer, text_encoder, vae, unet; in SDXL also tokenizer_2 and
+    text_encoder_2. size: (height, width) in pixels, as in training. dtype: what the
+    networks compute in. offload: only the network at work is on the device, the others
+    wait on the CPU.
     """
 
     def __init__(
@@ -160,7 +156,7 @@ class StableDiffusion:
         self.dtype = dtype or default_dtype(self.device)
         home = torch.device("cpu") if offload else self.device
         for network in self.networks().values():
-            network.to(home, self.dtype).eval()
+            network.to(home, kept(network, self.dtype)).eval()
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.factor = 2 ** (len(self.vae.config.channels) - 1)  # pixels a latent
 
@@ -195,6 +191,8 @@ class StableDiffusion:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], clip_skip: int = 0) -> Conditioning:
         """Texts -> what the U-Net takes beside latents and time, each (B,...)."""
+        if "text_encoder_2" in self.parts:
+            return self.encode_xl(prompts, clip_skip)
         warn_of_cuts(self.parts["tokenizer"], prompts)
         tokens = self.parts["tokenizer"](prompts).to(self.device)
         return {"context": self.use("text_encoder")(tokens, clip_skip)}
@@ -202,14 +200,15 @@ class StableDiffusion:
     @torch.no_grad()
     def encode_image(self, image: Tensor, dice: Sequence[torch.Generator]) -> Tensor:
         """image (1,3,H,W) in [-1,1] -> latents, float32, one for each generator."""
-        latents = self.use("vae").encode(image.to(self.device, self.dtype))
+        vae = self.use("vae")
+        latents = vae.encode(image.to(self.device, kept(vae, self.dtype)))
         return torch.cat([latents.sample(generator).float() for generator in dice])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """latents (B,4,h,w) -> pictures, one by one: this takes most memory."""
         vae = self.use("vae")
-        latents = latents.to(self.device, self.dtype)
+        latents = latents.to(self.device, kept(vae, self.dtype))
         return [to_image(vae.decode(x[None])[0]) for x in latents]
 
     def network(self, request: Request) -> Callable[..., Tensor]:
@@ -224,20 +223,30 @@ class StableDiffusion:
 
         return answer
 
-    def guided(
-        self, request: Request, network: Callable[..., Tensor] | None = None
-    ) -> Guided:
-        """A network, without a wish our own, with the request's prompts."""
+    def told(self, request: Request) -> tuple[Conditioning, Conditioning | None]:
+        """What the U-Net is told of prompts and, with guidance, of negative prompts."""
 
         def encode(prompts: Sequence[str]) -> Conditioning:
             found, each = self.encode(prompts, request.clip_skip), request.count
             each //= len(prompts)
             return {name: x.repeat_interleave(each, 0) for name, x in found.items()}
 
-        scale, network = request.cfg_scale, network or self.network(request)
-        uncond = encode(request.negative_prompt) if scale > 1 else None
+        guided = request.cfg_scale > 1
+        uncond = encode(request.negative_prompt) if guided else None
+        told = encode(request.prompt), uncond
+        return self.told_xl(request, *told) if self.unet.config.added else told
+
+    def guided(
+        self,
+        request: Request,
+        network: Callable[..., Tensor] | None = None,
+        told: tuple[Conditioning, Conditioning | None] | None = None,
+    ) -> Guided:
+        """A network, without a wish our own, with what it is told of the prompts."""
+        cond, uncond = told or self.told(request)
         how = request.rescale, request.guided_times, request.two_passes
-        return Guided(network, encode(request.prompt), uncond, scale, *how)
+        network = network or self.network(request)
+        return Guided(network, cond, uncond, request.cfg_scale, *how)
 
     def levels(self, request: Request) -> list[Level]:
         """Where the latents pass; with a picture, only the last part of the way."""
@@ -261,7 +270,8 @@ class StableDiffusion:
             noise = draw_noise(shape, dice, self.device)
         start = noise if x0 is None else add_noise(x0, noise, levels[0])
         way = shape, levels, dice, self.network(request)
-        setup = Setup(request, *way, noise, x0, start, self.decode)
+        told = self.told(request)
+        setup = Setup(request, *way, noise, x0, start, self.decode, told=told)
         for extra in (*request.extras, *request.control):
             setup = extra(self, setup)
         return setup
@@ -269,7 +279,7 @@ class StableDiffusion:
     def draw(self, request: Request) -> Iterator[Drawing]:
         """A `Drawing` after each step; all is checked before the first."""
         setup = self.set_up(request)
-        guided = self.guided(request, setup.network)
+        guided = self.guided(request, setup.network, setup.told)
         denoise = Denoiser(guided, self.schedule, self.prediction)
         how = SAMPLERS[request.sampler], setup.dice, request.eta, setup.after
         walk = sample(denoise, setup.start, setup.levels, *how)
@@ -315,7 +325,7 @@ class StableDiffusion:
         ema: bool = False,
         vae: str | Path | None = None,
     ) -> Self:
-        """From a diffusers folder, an SD 1 file, or OWNER/NAME of the hub.
+        """From a diffusers folder, a single file, or OWNER/NAME of the hub.
 
         device None: cuda, else mps, else cpu; dtype None: float16 on cuda, else
         float32. ema: a file's averaged U-Net; vae: another VAE, a file or a folder.
@@ -349,3 +359,79 @@ class StableDiffusion:
         settings = {"strength": 1.0, **settings}
         settings["extras"] = [mine, *settings.get("extras", ())]
         return last(self.steps(prompt, picture("image", image), **settings))
+
+    @torch.no_grad()
+    def encode_xl(self, prompts: Sequence[str], clip_skip: int = 0) -> Conditioning:
+        """SDXL: the words as the last layer but one of each text encoder knows them,
+        side by side; and `pooled`, the whole text as the second encoder knows it."""
+        warn_of_cuts(self.parts["tokenizer_2"], prompts)
+        words = []
+        for name in ("text_encoder", "text_encoder_2"):
+            if name not in self.parts:  # a refiner has no first one
+                continue
+            encoder = self.use(name)
+            if clip_skip >= encoder.config.layers:
+                raise ValueError(
+                    f"skip is {clip_skip}: choose 0 to {encoder.config.layers - 1}, "
+                    "the number of layers to leave out beside the last one"
+                )
+            tokenizer = self.parts[name.replace("text_encoder", "tokenizer")]
+            tokens = tokenizer(prompts).to(self.device)
+            states = encoder.hidden_states(tokens)
+            words.append(states[-2 - clip_skip])
+        end = encoder.pool(tokens, encoder.final_layer_norm(states[-1]))
+        pooled = encoder.text_projection(end)
+        return {"context": torch.cat(words, dim=-1), "pooled": pooled}
+
+    def is_refiner(self) -> bool:
+        """Does it hear a score in place of the target size?"""
+        second = self.parts.get("text_encoder_2")
+        pooled = second.config.projection if second else 0
+        return self.unet.config.added == pooled + 5 * AddedEmbedding.waves
+
+    def told_xl(
+        self, request: Request, cond: Conditioning, uncond: Conditioning | None
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """SDXL: an empty negative prompt as in training, and the ids, none cropped."""
+        if self.is_refiner() and request.image is None and request.latents is None:
+            raise ValueError(
+                "this model is a refiner, which goes on with what another has begun; "
+                "give it an image, or the latents of an SDXL model"
+            )
+        dear = request.steps > 8 or uncond is not None
+        if dear and is_fast(self.schedule, self.prediction):
+            text = "this model draws in 1 to 4 steps, without guidance: take steps 4"
+            warnings.warn(f"{text}, cfg_scale 1, sampler euler_a", stacklevel=2)
+        if uncond is not None and self.unet.config.zeros:
+            said = [bool(text) for text in request.negative_prompt]
+            each = request.count // len(said)
+            mask = torch.tensor(said, device=self.device).repeat_interleave(each)
+            for name, x in uncond.items():
+                uncond[name] = x * mask.view(-1, *[1] * (x.ndim - 1))
+        for side in filter(None, (cond, uncond)):  # without a second text encoder
+            side.setdefault("pooled", side["context"].new_zeros(request.count, 0))
+        shape = latent_shape(request, self.size, 4, self.factor)
+        size = shape[2] * self.factor, shape[3] * self.factor
+        return self.with_ids((cond, uncond), size, (0, 0), size)
+
+    def with_ids(
+        self,
+        told: tuple[Conditioning, Conditioning | None],
+        original: tuple[int, int],
+        crop: tuple[int, int],
+        target: tuple[int, int],
+        scores: tuple[float, float] = (6.0, 2.5),
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """Add what SDXL hears of sizes, (height, width), and of the crop, (top, left).
+
+        scores: of beauty, which a refiner hears in place of the target: of the prompt's
+        half of guidance, and of the negative one.
+        """
+
+        def ids(found: Conditioning, score: float) -> Conditioning:
+            end = (score,) if self.is_refiner() else target
+            row = torch.tensor([*original, *crop, *end], device=self.device)
+            return found | {"ids": row.float().expand(len(found["context"]), -1)}
+
+        cond, uncond = told
+        return ids(cond, scores[0]), uncond and ids(uncond, scores[1])

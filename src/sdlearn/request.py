@@ -285,6 +285,7 @@ class Setup:
     shape: (B, C, h, w). network: (latents, t, **conditioning) -> the U-Net's answer.
     noise, x0: under the noise lies the picture, if there is one. start: the latents to
     begin with, levels: where they pass, after: what is done to them after each step.
+    told: what the network is told, for the prompts and for the negative ones.
     """
 
     request: Request
@@ -297,6 +298,7 @@ class Setup:
     start: Tensor
     decode: Callable[[Tensor], list[Image.Image]]
     after: After | None = None
+    told: tuple[dict[str, Tensor], dict[str, Tensor] | None] | None = None
 
 
 class Extra(Protocol):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sdlearn.attention import Attention
 from sdlearn.blocks import Downsample, ResBlock, Upsample
-from sdlearn.timestep import TimeEmbedding
+from sdlearn.timestep import TimeEmbedding, timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,18 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     groups: int = 32
+    depth: tuple[int, ...] = ()  # blocks of a transformer, a level; (): one in each
+    linear: bool = False  # SD 2: transformers begin and end with Linear
+    added: int = 0  # SDXL: width of the pooled text and of the ids' waves together
+    zeros: bool = False  # SDXL: trained with zeros, not with "", for no prompt
 
     def __post_init__(self) -> None:
-        lengths = len(self.channels), len(self.attention), len(self.heads)
+        object.__setattr__(self, "depth", self.depth or (1,) * len(self.channels))
+        lists = self.channels, self.attention, self.heads, self.depth
+        lengths = tuple(map(len, lists))
         if len(set(lengths)) > 1:
             raise ValueError(
-                f"channels, attention, heads have {lengths} entries: "
+                f"channels, attention, heads, depth have {lengths} entries: "
                 "give each of them one entry a level"
             )
         for width in self.channels:
@@ -88,20 +94,29 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
+class Pointwise(nn.Linear):
+    """A Linear at each position of a map, (B, C, H, W): what a 1x1 convolution is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
 class SpatialTransformer(nn.Module):
     """A transformer over the positions of a feature map: (B, C, H, W) -> the same.
 
     Rombach et al. 2022, section 3.3.
     """
 
-    def __init__(self, channels: int, heads: int, context_width: int, groups: int):
+    def __init__(self, channels: int, heads: int, config: UNetConfig, depth: int = 1):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.norm = nn.GroupNorm(config.groups, channels, eps=1e-6)
+        make = Pointwise if config.linear else partial(nn.Conv2d, kernel_size=1)
+        self.proj_in = make(channels, channels)
         self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(channels, heads, context_width)]
+            TransformerBlock(channels, heads, config.context_width)
+            for _ in range(depth)
         )
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = make(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         y = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, T, C), T = H W
@@ -121,10 +136,8 @@ class Stage(nn.Module):
         )
         self.attention = None
         if config.attention[level]:
-            heads, context_width = config.heads[level], config.context_width
-            self.attention = SpatialTransformer(
-                width, heads, context_width, config.groups
-            )
+            heads, depth = config.heads[level], config.depth[level]
+            self.attention = SpatialTransformer(width, heads, config, depth)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         x = self.resnet(x, time)
@@ -140,12 +153,31 @@ class Middle(nn.Module):
         self.resnets = nn.ModuleList(
             ResBlock(width, width, groups, 1e-5, config.time_width) for _ in range(2)
         )
-        self.attention = SpatialTransformer(
-            width, config.heads[-1], config.context_width, groups
-        )
+        heads, depth = config.heads[-1], config.depth[-1]
+        self.attention = SpatialTransformer(width, heads, config, depth)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         return self.resnets[1](self.attention(self.resnets[0](x, time), context), time)
+
+
+class AddedEmbedding(nn.Module):
+    """What SDXL knows beside t and the words, as a vector that is added to the time's.
+
+    pooled (B, P), ids (B, N) -> (B, time_width), for P + 256 N = added: each id becomes
+    256 waves, as a time does. Podell et al. 2024, section 2.2.
+    """
+
+    waves = 256
+
+    def __init__(self, added: int, time_width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(added, time_width)
+        self.linear_2 = nn.Linear(time_width, time_width)
+
+    def forward(self, pooled: Tensor, ids: Tensor) -> Tensor:
+        waves = timestep_embedding(ids.flatten(), self.waves).unflatten(0, ids.shape)
+        told = torch.cat([pooled, waves.flatten(1).to(pooled)], dim=1)  # (B, added)
+        return self.linear_2(F.silu(self.linear_1(told)))  # (B, E)
 
 
 class UNet(nn.Module):
@@ -163,6 +195,8 @@ class UNet(nn.Module):
         self.config = config
         channels, levels = config.channels, len(config.channels)
         self.time_embedding = TimeEmbedding(channels[0], config.time_width)
+        if config.added:
+            self.add_embedding = AddedEmbedding(config.added, config.time_width)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips, width = [channels[0]], channels[0]
@@ -190,15 +224,20 @@ class UNet(nn.Module):
         t: Tensor,
         context: Tensor,
         residuals: Sequence[Tensor] | None = None,
+        pooled: Tensor | None = None,
+        ids: Tensor | None = None,
     ) -> Tensor:
         """latents (B, 4, h, w), t (B,) or one, context (B, S, D) -> (B, 4, h, w).
 
         residuals: what a second network adds, one map for each that is kept on the way
-        down, in order, and one for the middle.
+        down, in order, and one for the middle. pooled (B, P), ids (B, N): what SDXL is
+        told beside the words.
         """
-        self.check(latents, context)
+        self.check(latents, context, pooled, ids)
         t = torch.as_tensor(t, device=latents.device).expand(len(latents))
         time = self.time_embedding(t)  # (B, E)
+        if pooled is not None and ids is not None:
+            time = time + self.add_embedding(pooled, ids)
         x = self.conv_in(latents)
         skips = [x]
         for part in self.down:
@@ -217,7 +256,7 @@ class UNet(nn.Module):
                 x = part(x, skips[-1].shape[-2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def check(self, latents: Tensor, context: Tensor) -> None:
+    def check(self, latents: Tensor, context: Tensor, *more: Tensor | None) -> None:
         """Say what is wrong with the inputs before a layer deep inside does."""
         if latents.shape[1] != self.config.in_channels:
             have, want = latents.shape[1], self.config.in_channels
@@ -230,6 +269,13 @@ class UNet(nn.Module):
             raise ValueError(
                 f"context is {have} wide, but this U-Net reads {want}: "
                 "use its own text encoder"
+            )
+        told = [0 if x is None else x.shape[-1] for x in more]
+        if told[0] + AddedEmbedding.waves * told[1] != self.config.added:
+            raise ValueError(
+                f"pooled is {told[0]} wide and there are {told[1]} ids, but this U-Net "
+                f"reads {self.config.added} = pooled + {AddedEmbedding.waves} x ids: "
+                "encode the prompt with its own text encoders"
             )
 
 

@@ -54,6 +54,7 @@ class VAEConfig:
     latent_channels: int = 4
     groups: int = 32
     scale: float = 0.18215  # 1 / std: what the U-Net sees has a spread of one
+    upcast: bool = False  # it overflows in float16: compute it in float32
 
 
 class Level(nn.Module):

@@ -150,7 +150,7 @@ def test_another_kind_of_model(refused, tmp_path):
     save_random_model(tmp_path / "model")
     path = tmp_path / "model" / "unet" / "config.json"
     good = json.loads(path.read_text())
-    changes = {"addition_embed_type": ("text_time", "SDXL"), "in_channels": (9, "takes 9 channels"),
+    changes = {"addition_embed_type": ("text", "SDXL"), "in_channels": (9, "takes 9 channels"),
                "cross_attention_dim": (1024, "(")}  # fmt: skip
     for key, (value, reason) in changes.items():
         path.write_text(json.dumps(good | {key: value}))

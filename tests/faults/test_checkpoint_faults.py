@@ -287,7 +287,7 @@ def test_draw_with_it(refused, tmp_path, fault):
 
 
 OTHER_MODELS = {  # tensors of a sound file -> what is said of it
-    "LoRA of kohya": (SMALL, "x.safetensors is a LoRA, but a whole SD 1 checkpoint is wanted"),
+    "LoRA of kohya": (SMALL, "x.safetensors is a LoRA, but a whole checkpoint of SD 1, SD 2 or SDXL is wanted"),
     "LoRA of diffusers": ({"unet.x.lora_A.weight": (4, 3), "unet.x.lora_B.weight": (3, 4)}, "is a LoRA"),
     "LoRA of attention processors": ({"unet.x.processor.to_q_lora.down.weight": (4, 3)}, "is a LoRA"),
     "LoHa": ({"lycoris_x.hada_w1_a": (4, 3)}, "is a LoRA"),
@@ -297,13 +297,14 @@ OTHER_MODELS = {  # tensors of a sound file -> what is said of it
     "ControlNet of diffusers": ({"controlnet_down_blocks.0.bias": (1,)}, "is a ControlNet"),
     "textual inversion": ({"emb_params": (8, 768)}, "is a textual inversion"),
     "textual inversion of diffusers": ({"<cat-toy>": (768,)}, "is a textual inversion"),
-    "SD 2": ({"cond_stage_model.model.ln_final.bias": (1,), "model.diffusion_model.x": (1,)}, "is a Stable Diffu"),
-    "SDXL": ({"conditioner.embedders.0.x": (1,), "model.diffusion_model.x": (1,)}, "is an SDXL model"),
+    "SD 3": ({"model.diffusion_model.joint_blocks.0.x": (1,)}, "is a Stable Diffusion 3"),
+    "half an SD 2": ({"cond_stage_model.model.ln_final.bias": (1,), "model.diffusion_model.x": (1,)}, "has no VAE"),
+    "half an SDXL": ({"conditioner.embedders.0.x": (1,), "model.diffusion_model.x": (1,)}, "has no VAE"),
     "U-Net alone": ({"model.diffusion_model.out.2.bias": (4,)}, "is a U-Net alone"),
     "U-Net of a folder": ({"down_blocks.0.x": (1,), "up_blocks.0.x": (1,)}, "is a U-Net alone"),
     "VAE": ({"encoder.mid.attn_1.q.weight": (1, 1, 1, 1)}, "is a VAE alone"),
     "VAE of diffusers": ({"decoder.mid_block.attentions.0.to_q.weight": (1, 1)}, "is a VAE alone"),
-    "judge": ({"classifier.weight": (10, 3)}, "is unknown, but a whole SD 1 checkpoint is wanted"),
+    "judge": ({"classifier.weight": (10, 3)}, "is unknown, but a whole checkpoint of SD 1, SD 2 or SDXL is wanted"),
 }
 
 
@@ -343,10 +344,10 @@ def test_not_enough_memory(refused, tmp_path, monkeypatch):
     """Said before anything is read, where it can be known."""
     save_random_model(tmp_path / "model", torch.float16)
     parts = weights.load(tmp_path / "model", torch.float32)  # what the command computes in on a CPU
-    need = sum(x.nbytes for x in parts.networks["unet"].parameters())
+    need = sum(x.nbytes for part in ("text_encoder", "vae", "unet") for x in parts.networks[part].parameters())
     monkeypatch.setattr(weights, "free_memory", lambda device: need - 1)
     said = refused("txt2img", "a cat", "--model", "model", "-o", "out")
-    assert f"{UNET} needs {human(need)} of memory, but only {human(need - 1)} are free: close other programs" in said
+    assert f"model needs {human(need)} of memory, but only {human(need - 1)} are free: close other programs" in said
     with pytest.raises(ValueError, match=f"needs {human(need)} of memory"):
         weights.load(tmp_path / "model", torch.float32)
     monkeypatch.setattr(weights, "free_memory", lambda device: need)

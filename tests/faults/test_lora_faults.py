@@ -146,8 +146,13 @@ def test_inspect_says_what_it_is_for(tmp_path):
         assert report.description.startswith(words) and report.description.endswith("written by diffusers (PEFT)")
         assert f"--lora {path}" in report.can and not report.but
         assert ("--model MODEL" in report.can) == (width == 768)
-    for name in ("LoHa", "no up", "SDXL"):
+    save_file(spoiled(BAD_FILES["SDXL"][0]), path)
+    report = inspect(path)
+    assert report.description.startswith("LoRA for SDXL") and f"--lora {path}" in report.can and not report.but
+    for name in ("LoHa", "no up"):
         save_file(spoiled(BAD_FILES[name][0]), path)
         report = inspect(path)
         assert report.description.startswith("LoRA") and not report.can and len(report.but) == 1
-    assert report.but == [f"{path} is a LoRA for SDXL, not for SD 1"]
+    flux = "lora_unet_double_blocks_0_img_attn_proj.lora_"
+    save_file({f"{flux}down.weight": torch.ones(4, 8), f"{flux}up.weight": torch.ones(8, 4)}, path)
+    assert inspect(path).but == [f"{path} is a LoRA for FLUX, but one for SD 1, SD 2 or SDXL is wanted"]

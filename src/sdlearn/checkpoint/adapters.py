@@ -41,7 +41,11 @@ HALF = re.compile(  # a layer, and what of it this tensor is
     r"(?P<half>down|up|A|B)(?:\.default)?\.weight)"
 )
 HALVES = {"down": "down", "A": "down", "up": "up", "B": "up", None: "alpha"}
-HEADS = {"unet": ("unet_", ""), "text_encoder": ("te_", "te1_", "text_encoder_", "")}
+HEADS = {
+    "unet": ("unet_", ""),
+    "text_encoder": ("te_", "te1_", "text_encoder_", ""),
+    "text_encoder_2": ("te2_", "text_encoder_2_"),
+}
 
 
 class Change(NamedTuple):
@@ -193,7 +197,7 @@ def name_of(part: str, path: str, config: Any, ldm: bool = False) -> str:
     """Our name of a layer -> diffusers' name, or CompVis' (ldm)."""
     from sdlearn.checkpoint.load import rules
 
-    head = "text_model." * (part == "text_encoder")
+    head = "text_model." * part.startswith("text_encoder")
     theirs = rename(f"{path}.weight", rules(config, ldm)).removesuffix(".weight")
     return f"{part}.{head}{theirs}"
 
@@ -208,7 +212,7 @@ def spellings(part: str, path: str, config: Any) -> Iterator[str]:
         flat = name_of(part, path, config, ldm).replace(".", "_")
         flat = flat.removeprefix(f"{part}_")
         names = {flat, flat.removesuffix("_0") if flat.endswith("to_out_0") else flat}
-        if part == "text_encoder":
+        if part.startswith("text_encoder"):
             names |= {x.removeprefix("text_model_") for x in names}
             names |= {re.sub(r"_([qkv])_proj$", r"_to_\1", x) for x in names}
             names |= {re.sub(r"_out_proj$", "_to_out", x) for x in names}
@@ -256,11 +260,11 @@ def misfit(tensors: Tensors, networks: Mapping[str, Any], layer: str) -> str:
     theirs = width_of(tensors.entries)
     family = family_of(tensors.entries, tensors.metadata)
     family = family or {TINY: "the tiny model"}.get(theirs or 0, "")
-    if family and theirs != mine:
-        here = {TINY: "the tiny model"} | WIDTHS
+    here = ({TINY: "the tiny model"} | WIDTHS).get(mine or 0, "another")
+    if family and family != here and theirs != mine:
         return (
-            f"{tensors.path} is a LoRA for {family}, but this model is "
-            f"{here.get(mine or 0, 'another')}: take one that was made for it"
+            f"{tensors.path} is a LoRA for {family}, but this model is {here}: take "
+            "one that was made for it"
         )
     return (
         f"{tensors.path} changes {clean(layer)}, which this model has not, or not in "
@@ -277,7 +281,7 @@ def find_word(tensors: Tensors) -> tuple[str, str]:
     if "clip_g" in tensors:
         raise ValueError(
             f"{path} is a textual inversion for SDXL, with vectors for both its text "
-            "encoders (clip_l, clip_g), but one for SD 1 is wanted"
+            "encoders (clip_l, clip_g), but one for SD 1 or SD 2 is wanted"
         )
     names = [name for name in tensors if not name.startswith("string_to_token.")]
     name = names[0] if len(names) == 1 else ""

@@ -12,24 +12,24 @@ import torch
 from sdlearn.clip import CLIPImageConfig, CLIPTextConfig
 from sdlearn.prediction import PREDICTIONS, Prediction
 from sdlearn.schedule import Schedule, cosine, linear, scaled_linear, zero_terminal_snr
-from sdlearn.unet import UNetConfig
+from sdlearn.unet import AddedEmbedding, UNetConfig
 from sdlearn.vae import VAEConfig
 
 # What our classes always do. A file that says otherwise is another model.
 NOTHING = (  # what is absent in our U-Net
-    "addition_embed_type class_embed_type num_class_embeds encoder_hid_dim "
+    "class_embed_type num_class_embeds encoder_hid_dim "
     "encoder_hid_dim_type time_cond_proj_dim mid_block_only_cross_attention "
-    "cross_attention_norm time_embedding_dim time_embedding_act_fn timestep_post_act"
+    "cross_attention_norm time_embedding_dim time_embedding_act_fn timestep_post_act "
+    "reverse_transformer_layers_per_block"
 )
 SWITCHED_OFF = (
-    "use_linear_projection only_cross_attention dual_cross_attention "
-    "center_input_sample resnet_skip_time_act"
+    "only_cross_attention dual_cross_attention center_input_sample resnet_skip_time_act"
 )
 UNET_ALWAYS = dict.fromkeys(NOTHING.split()) | {
     **dict.fromkeys(SWITCHED_OFF.split(), False),
     **dict.fromkeys(("attention_type", "resnet_time_scale_shift"), "default"),
     **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), 3),
-    **dict.fromkeys(("transformer_layers_per_block", "downsample_padding"), 1),
+    "downsample_padding": 1,
     **dict.fromkeys(("mid_block_scale_factor", "resnet_out_scale_factor"), 1),
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "time_embedding_type": "positional",
@@ -45,7 +45,9 @@ VAE_ALWAYS = {
     "mid_block_add_attention": True,
     "act_fn": "silu",
 }
-CLIP_ALWAYS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+CLIP_ALWAYS = {"layer_norm_eps": 1e-5}
+GELUS = "quick_gelu", "gelu"  # of CLIP, and of OpenCLIP
+TOWER_ALWAYS = CLIP_ALWAYS | {"hidden_act": GELUS[0]}
 SCHEDULE_ALWAYS = {"thresholding": False}
 
 
@@ -63,16 +65,14 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "unet": (UNET_ALWAYS, UNET_SIZES),
     "vae": (VAE_ALWAYS, VAE_SIZES),
     "text encoder": (CLIP_ALWAYS, TEXT_SIZES),
-    "image tower": (CLIP_ALWAYS, IMAGE_SIZES),
+    "image tower": (TOWER_ALWAYS, IMAGE_SIZES),
     "scheduler": (SCHEDULE_ALWAYS, {}),
 }
 UNSAID = {"norm_num_groups": 32, "num_train_timesteps": 1000}
 SAME = {"swish": "silu"}  # two names of one function
 HINTS = {  # what a file with such a key probably is
-    "addition_embed_type": "this is the U-Net of SDXL",
-    "use_linear_projection": "this is a U-Net of SD 2 or SDXL",
     "time_cond_proj_dim": "this is a latent consistency model",
-    "hidden_act": "this is the text encoder of SD 2, or the second one of SDXL",
+    "hidden_act": "this is the image tower of an OpenCLIP",
 }
 LARGEST = 2**20  # of any size in a file
 
@@ -114,6 +114,33 @@ def numbers(content: Mapping, key: str, part: str, count: int = 0) -> tuple[int,
             f"has {count}"
         )
     return tuple(found)
+
+
+def choose(
+    content: Mapping,
+    key: str,
+    known: Mapping | tuple,
+    unsaid: str,
+    part: str = "scheduler",
+) -> str:
+    """The value of a key, one of those that we know."""
+    value = content.get(key, unsaid)
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(
+            f"{part} config: {key} is {value!r}, but sdlearn knows only "
+            f"{', '.join(known)}: take another model"
+        )
+    return value
+
+
+def switch(content: Mapping, key: str, unsaid: bool, part: str = "scheduler") -> bool:
+    """The value of a key that is true or false."""
+    value = content.get(key, unsaid)
+    if type(value) is not bool:
+        raise ValueError(
+            f"{part} config: {key} is {value!r}, but true or false is wanted"
+        )
+    return value
 
 
 def read(content: Mapping, part: str) -> dict[str, Any]:
@@ -160,7 +187,29 @@ def unet_from_json(content: Mapping) -> UNetConfig:
     heads = numbers(content, key or "attention_head_dim", "unet", len(channels))
     for width, count in zip(channels, heads, strict=True):
         check_split("unet", width, count, "heads")
-    return UNetConfig(channels, tuple(known[kind] for kind in kinds), heads, **sizes)
+    key = "transformer_layers_per_block"
+    return UNetConfig(
+        channels,
+        tuple(known[kind] for kind in kinds),
+        heads,
+        depth=numbers({key: 1, **content}, key, "unet", len(channels)),
+        linear=switch(content, "use_linear_projection", False, "unet"),
+        added=added_width(content),
+        **sizes,
+    )
+
+
+def added_width(content: Mapping) -> int:
+    """How much SDXL's U-Net is told beside the words; 0 for the others."""
+    kind, waves = content.get("addition_embed_type"), AddedEmbedding.waves
+    if kind is None:
+        return 0
+    if kind != "text_time" or content.get("addition_time_embed_dim") != waves:
+        raise ValueError(
+            f"unet config: addition_embed_type is {kind!r}, but sdlearn knows only "
+            f"'text_time' with {waves} waves an id, as in SDXL: take another model"
+        )
+    return number(content, "projection_class_embeddings_input_dim", "unet")
 
 
 def mirrored(down: list[str]) -> list[str]:
@@ -186,6 +235,11 @@ def unet_to_json(config: UNetConfig, sample_size: int | list[int]) -> dict:
         "up_block_types": mirrored(down),
         "block_out_channels": list(config.channels),
         "attention_head_dim": list(config.heads),
+        "transformer_layers_per_block": one(list(config.depth)),
+        "use_linear_projection": config.linear,
+        "addition_embed_type": "text_time" if config.added else None,
+        "addition_time_embed_dim": AddedEmbedding.waves if config.added else None,
+        "projection_class_embeddings_input_dim": config.added or None,
     }
 
 
@@ -207,7 +261,8 @@ def vae_from_json(content: Mapping) -> VAEConfig:
             f"vae config: scaling_factor is {scale!r}, but a number above 0 is wanted; "
             "SD 1 has 0.18215"
         )
-    return VAEConfig(channels, scale=float(scale), **sizes)
+    upcast = switch(content, "force_upcast", False, "vae")
+    return VAEConfig(channels, scale=float(scale), upcast=upcast, **sizes)
 
 
 def vae_blocks(channels: tuple[int, ...]) -> dict[str, list[str]]:
@@ -224,6 +279,7 @@ def vae_to_json(config: VAEConfig, sample_size: int) -> dict:
         "sample_size": sample_size,
         "block_out_channels": list(config.channels),
         "scaling_factor": config.scale,
+        "force_upcast": config.upcast,
     }
 
 
@@ -245,8 +301,16 @@ def tower(content: Mapping, part: str) -> dict[str, int]:
 
 
 def text_from_json(content: Mapping) -> CLIPTextConfig:
-    """`text_encoder/config.json`, or the `text_config` of a whole CLIP -> ours."""
-    return CLIPTextConfig(**tower(content, "text encoder"))
+    """`text_encoder/config.json`, or the `text_config` of a whole CLIP -> ours.
+
+    An encoder whose class ends in WithProjection, as the second one of SDXL, has a
+    projection of its own; the number stands in the files of the others, too.
+    """
+    sizes, part = tower(content, "text encoder"), "text encoder"
+    gelu = choose(content, "hidden_act", GELUS, "quick_gelu", part)
+    own = "WithProjection" in str(content.get("architectures"))
+    projection = number(content, "projection_dim", part) if own else 0
+    return CLIPTextConfig(**sizes, exact_gelu=gelu == "gelu", projection=projection)
 
 
 def clip_from_json(content: Mapping) -> tuple[CLIPTextConfig, CLIPImageConfig, int]:
@@ -271,10 +335,11 @@ def clip_from_json(content: Mapping) -> tuple[CLIPTextConfig, CLIPImageConfig, i
 def text_to_json(config: CLIPTextConfig, projection: int | None = None) -> dict:
     """Ours -> `text_encoder/config.json`; start and end are the last two entries."""
     return write(config, "text encoder") | {
-        "architectures": ["CLIPTextModel"],
+        "architectures": ["CLIPTextModel" + "WithProjection" * bool(config.projection)],
         "model_type": "clip_text_model",
+        "hidden_act": GELUS[config.exact_gelu],
         "intermediate_size": 4 * config.width,
-        "projection_dim": projection or config.width,
+        "projection_dim": projection or config.projection or config.width,
         "bos_token_id": config.vocab - 2,
         "eos_token_id": config.vocab - 1,
         "pad_token_id": config.vocab - 1,
@@ -298,27 +363,6 @@ SLOPES = {"linear": linear, "scaled_linear": scaled_linear}  # by first and last
 BETAS = (*SLOPES, "squaredcos_cap_v2")
 SPACINGS = ("leading", "trailing", "linspace")
 LINSPACE = "Euler|Heun|LMS|KDPM2|DPMSolver|UniPC|DEIS"  # what these take if unsaid
-
-
-def choose(content: Mapping, key: str, known: Mapping | tuple, unsaid: str) -> str:
-    """The value of a key, one of those that we know."""
-    value = content.get(key, unsaid)
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(
-            f"scheduler config: {key} is {value!r}, but sdlearn knows only "
-            f"{', '.join(known)}: take another model"
-        )
-    return value
-
-
-def switch(content: Mapping, key: str, unsaid: bool) -> bool:
-    """The value of a key that is true or false."""
-    value = content.get(key, unsaid)
-    if type(value) is not bool:
-        raise ValueError(
-            f"scheduler config: {key} is {value!r}, but true or false is wanted"
-        )
-    return value
 
 
 def table_of_betas(content: Mapping) -> torch.Tensor:

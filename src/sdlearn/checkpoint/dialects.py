@@ -24,6 +24,16 @@ CLIP_RULES = (  # ours -> transformers'; both towers
     (r"\.to_out\.", ".out_proj."),
     (r"^pre_layernorm", "pre_layrnorm"),  # misspelt there, for ever
 )
+OPEN_CLIP_RULES = (  # ours -> OpenCLIP's text tower, its fused tensors taken apart
+    (r"^position_embedding\.weight", "positional_embedding"),
+    (r"^layers\.", "transformer.resblocks."),
+    (r"\.layer_norm(\d)\.", r".ln_\1."),
+    (r"\.self_attn\.to_([qkv])\.", r".attn.\1_proj."),
+    (r"\.self_attn\.to_out\.", ".attn.out_proj."),
+    (r"\.fc1\.", ".mlp.c_fc."),
+    (r"\.fc2\.", ".mlp.c_proj."),
+    (r"^final_layer_norm", "ln_final"),
+)
 VAE_RULES = (  # ours -> diffusers'
     (r"middle\.resnets", "mid_block.resnets"),
     (r"middle\.attention\.(attention\.)?", "mid_block.attentions.0."),
@@ -89,6 +99,7 @@ def ldm_unet_rules(blocks: int, attention: Sequence[bool]) -> Rules:
         twice(r"^middle\.resnets\.(\d)", "middle_block", 0),
         (r"^middle\.attention", "middle_block.1"),
         twice(r"^time_embedding\.linear_(\d)", "time_embed", 1),
+        twice(r"^add_embedding\.linear_(\d)", "label_emb.0", 1),
         (r"^conv_in", "input_blocks.0.0"),
         (r"^conv_norm_out", "out.0"),
         (r"^conv_out", "out.2"),
@@ -125,12 +136,30 @@ VAE_ATTENTION = (  # each line: what it has been called over the years
     ("to_v", "value", "v"),
     ("to_out.0", "to_out", "proj_attn", "proj_out"),
 )
-LDM_TEXT = "cond_stage_model.transformer."
+TEXTS = {  # where the text encoders of a whole file lie, by its kind
+    "SD 1": {"text_encoder": "cond_stage_model.transformer."},
+    "SD 2": {"text_encoder": "cond_stage_model.model."},
+    "SDXL": {
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+    "SDXL refiner": {"text_encoder_2": "conditioner.embedders.0.model."},
+}
+LDM_TEXTS = [root for roots in TEXTS.values() for root in roots.values()]
 PREFIXES = {  # how the names of a network may begin, alone or with others
     "unet": ("model.diffusion_model.", "unet.", ""),
     "vae": ("first_stage_model.", "vae.", ""),
-    "text_encoder": (f"{LDM_TEXT}text_model.", LDM_TEXT, "text_model.", ""),
+    "text_encoder": (
+        *(root + tower for root in LDM_TEXTS for tower in ("text_model.", "")),
+        *("text_model.", ""),
+    ),
 }
+
+
+def placed(prefix: str, name: str) -> str:
+    """A name behind its prefix: transformers' text_projection is not in the tower."""
+    aside = name == "text_projection.weight"
+    return prefix.removesuffix("text_model.") + name if aside else prefix + name
 
 
 def spelling(name: str, there: Collection[str]) -> str:
@@ -150,13 +179,16 @@ def spell_all(
 
     part: unet, vae or text_encoder. there: all names in the file.
     """
-    prefix = next(p for p in PREFIXES[part] if any(x.startswith(p) for x in there))
-    return {name: spelling(prefix + rename(name, rules), there) for name in ours}
+    prefixes = PREFIXES[part.removesuffix("_2")]
+    prefix = next(p for p in prefixes if any(x.startswith(p) for x in there))
+    names = {name: placed(prefix, rename(name, rules)) for name in ours}
+    return {name: spelling(theirs, there) for name, theirs in names.items()}
 
 
 KINDS = {  # what a file is -> a sign in its names; the first that occurs decides
     "ControlNet, LDM names": r"^control_model\.|^input_hint_block\.",
     "motion module": r"\bmotion_modules\.",
+    "SDXL refiner": r"^conditioner\.embedders\.0\.model\.",
     "SDXL": r"^conditioner\.embedders\.",
     "SD 2": r"^cond_stage_model\.model\.",
     "SD 1": r"^cond_stage_model\.transformer\.",
@@ -178,6 +210,7 @@ KINDS = {  # what a file is -> a sign in its names; the first that occurs decide
 CALLED = {f"SD {n}": f"a Stable Diffusion {n}" for n in (1, 2, 3)}
 CALLED |= {  # in a sentence; the others take "a"
     "SDXL": "an SDXL model",
+    "SDXL refiner": "an SDXL refiner",
     "IP-Adapter": "an IP-Adapter",
     "U-Net": "a U-Net alone",
     "VAE": "a VAE alone",
@@ -226,9 +259,16 @@ IGNORED = {  # how a name begins -> why nobody needs such a tensor for drawing
     r"logvar$|lvlb_": "a weight of the training loss",
     r"scale_factor$": "the latent scale, which stands in the configuration",
     r".*position_ids$": "the numbers 0 to 76",
-    r"cond_stage_model\.(logit_scale|text_projection)": (
+    r"cond_stage_model\.(model\.)?(logit_scale|text_projection)"
+    r"|conditioner\.embedders\.(\d\.(model\.)?logit_scale|0\.text_projection)": (
         "a part of CLIP that only compares texts with pictures"
     ),
+    r"cond_stage_model\.model\.transformer\.resblocks\.23\.": (
+        "the last layer of SD 2's text encoder, of which the last but one is read"
+    ),
+    r".*\.attn_mask$": "the mask that hides the words to come",
+    r"v_pred$|ztsnr$": "a mark without numbers: the file says v, or zero SNR",
+    r"denoiser\.sigmas$": "a table of noise levels, which follows from the schedule",
     r"((first_stage_model|vae)\.)?loss\.": "a judge of the VAE's training",
     r"model_ema\.": "the averaged copy, taken only when it is asked for",
 }

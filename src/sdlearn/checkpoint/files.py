@@ -14,6 +14,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -91,6 +92,19 @@ class Reader:
         return tensor
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A tensor that a file holds in another form, such as a third of a larger one."""
+
+    reader: Callable[[str], torch.Tensor]
+    name: str  # in the file
+    form: Callable[[torch.Tensor], torch.Tensor]
+    bytes: int = 0  # they count where the whole is
+
+    def __call__(self, name: str) -> torch.Tensor:
+        return self.form(self.reader(self.name))
+
+
 @dataclass(eq=False)
 class Tensors(Mapping[str, "torch.Tensor"]):
     """Tensors by name, from one file or several; the numbers are read when asked for.
@@ -102,7 +116,7 @@ class Tensors(Mapping[str, "torch.Tensor"]):
     path: Path
     format: str
     entries: dict[str, Entry]  # types and shapes
-    readers: Mapping[str, Reader]
+    readers: Mapping[str, Reader | Piece]
     metadata: dict[str, str] = field(default_factory=dict)
     foreign: list[str] = field(default_factory=list)  # named by a pickle beside tensors
 
@@ -126,6 +140,27 @@ class Tensors(Mapping[str, "torch.Tensor"]):
         """Those whose name is wanted."""
         some = {name: entry for name, entry in self.entries.items() if wanted(name)}
         return replace(self, entries=some)
+
+
+def unfused(tensors: Tensors) -> Tensors:
+    """OpenCLIP's text tower in CLIP's form: its q, k and v lie in one tensor, one below
+    the other, and its projection is transposed."""
+    entries, readers = dict(tensors.entries), dict(tensors.readers)
+    for name, (dtype, shape) in tensors.entries.items():
+        third, rest = (shape[0] // 3 if shape else 0), shape[1:]
+        if found := re.fullmatch(r"(.*\.attn\.)in_proj_(weight|bias)", name):
+            del entries[name]
+            for i, which in enumerate("qkv"):
+                piece = f"{found[1]}{which}_proj.{found[2]}"
+                rows = slice(i * third, (i + 1) * third)
+                entries[piece] = Entry(dtype, (third, *rest))
+                readers[piece] = Piece(readers[name], name, itemgetter(rows))
+        elif name.endswith(".text_projection") and len(shape) == 2:
+            del entries[name]
+            piece = f"{name}.weight"
+            entries[piece] = Entry(dtype, shape[::-1])
+            readers[piece] = Piece(readers[name], name, lambda x: x.T)
+    return replace(tensors, entries=entries, readers=readers)
 
 
 def clean(text: object, longest: int = 60) -> str:
@@ -445,7 +480,7 @@ def find_parts(folder: Path, index: dict) -> list[str]:
     pairs = {n: x for n, x in index.items() if isinstance(x, list) and len(x) == 2}
     named = [name for name, pair in pairs.items() if None not in pair]
     if str(index.get("_class_name")).startswith("StableDiffusion"):
-        named += [name for name in PARTS if name not in named]
+        named += [name for name in PARTS if name not in pairs]
     for name in named:
         there = (folder / name).is_dir() or name in OPTIONAL
         if not name.isidentifier() or not there:

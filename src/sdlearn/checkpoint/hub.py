@@ -120,7 +120,8 @@ def choose(place: Place, there: dict[str, RepoSibling]) -> list[str]:
         inside = [x for x in there if re.fullmatch(rf"{folder}/[\w.-]+", x)]
         small = (x for x in inside if x.endswith(SMALL) and ".index." not in x)
         weights = weights_of(folder, inside)
-        if folder in NEEDED and not weights:
+        refiner = folder == "text_encoder" and weights_of(f"{folder}_2", [*there])
+        if folder in NEEDED and not weights and not refiner:
             raise ValueError(
                 f"{place.repo} has no .safetensors file in {folder}/: take another "
                 "model"

@@ -27,7 +27,7 @@ from sdlearn.checkpoint.adapters import (
     maker_of,
     width_of,
 )
-from sdlearn.checkpoint.dialects import called, recognise, variant, why_ignored
+from sdlearn.checkpoint.dialects import TEXTS, called, recognise, variant, why_ignored
 from sdlearn.checkpoint.files import (
     WEIGHTS,
     Entry,
@@ -45,6 +45,7 @@ WHOLE = {
     "SD 1": "Stable Diffusion 1.x",
     "SD 2": "Stable Diffusion 2.x",
     "SDXL": "Stable Diffusion XL (base)",
+    "SDXL refiner": "Stable Diffusion XL (refiner)",
     "SD 3": "Stable Diffusion 3",
     "FLUX": "FLUX",
 }
@@ -130,14 +131,20 @@ def judged(report: Report, whole: bool) -> Report:
             return report
         if not whole:
             raise ValueError(
-                f"{report.path} is {called(report.kind)}, but a whole SD 1 checkpoint "
-                "is wanted"
+                f"{report.path} is {called(report.kind)}, but a whole checkpoint of "
+                "SD 1, SD 2 or SDXL is wanted"
             )
-        from sdlearn.checkpoint.load import plan
+        from sdlearn.checkpoint.load import EPSILON, is_fast, plan
 
-        config = plan(report.path).networks["unet"].model.config
+        found = plan(report.path)
+        networks = found.networks
+        config = networks["unet"].model.config
         plain = config.in_channels == config.out_channels
         how = 'txt2img "..."' if plain else 'inpaint "..." --image FILE --mask FILE'
+        if plain and "text_encoder" not in networks:  # a refiner begins nothing
+            how = 'img2img "..." --image FILE'
+        if is_fast(found.schedule, found.prediction or EPSILON):  # SDXL-Turbo, say
+            how += " --steps 4 --cfg-scale 1 --sampler euler_a"
         report.can = f"sdlearn {how} --model {quote(report.path)}"
     except ValueError as error:
         report.but.append(str(error))
@@ -159,7 +166,7 @@ def inspect_file(path: Path, tensors: Tensors) -> Report:
     elif kind == "textual inversion":
         judge_word(report, tensors)
     else:
-        judged(report, bool(tensors.foreign) or kind == "SD 1" and not path.is_dir())
+        judged(report, bool(tensors.foreign) or kind in TEXTS and not path.is_dir())
     if any(part.name == "EMA copies" for part in parts):
         report.but.append("the EMA copies are left aside, the plain weights are used")
     return report
@@ -174,8 +181,11 @@ def judge_lora(report: Report, tensors: Tensors) -> None:
 
             refuse_foreign(tensors)
         find_changes(tensors)
-        if family not in ("", "SD 1"):
-            raise ValueError(f"{report.path} is a LoRA for {family}, not for SD 1")
+        if family not in ("", *WIDTHS.values()):
+            raise ValueError(
+                f"{report.path} is a LoRA for {family}, but one for SD 1, SD 2 or SDXL "
+                "is wanted"
+            )
         tiny = width_of(tensors.entries) == TINY
         model = "" if tiny else " --model MODEL"
         report.can = f'sdlearn txt2img "..." --lora {quote(report.path)}{model}'
@@ -194,11 +204,11 @@ def judge_word(report: Report, tensors: Tensors) -> None:
             refuse_foreign(tensors)
         name, token = find_word(tensors)
         width = tensors.entries[name].shape[-1]
-        if width not in (768, TINY):
+        if width not in (768, 1024, TINY):
             whose = f" for {WIDTHS[width]}" if width in WIDTHS else ""
             raise ValueError(
                 f"{report.path} is a textual inversion{whose}, with vectors of {width} "
-                "numbers, but the words of SD 1 have 768"
+                "numbers, but the words of SD 1 have 768 and those of SD 2 1024"
             )
         model = "" if width == TINY else " --model MODEL"
         prompt = quote(f"... {clean(token)} ...")
@@ -247,8 +257,10 @@ def describe(kind: str, entries: Mapping[str, Entry], metadata: Mapping) -> str:
         what = WHOLE[kind]
         if kind == "SD 2":
             what += f" ({clean(said or 'base or v: its tensors do not say')})"
-        elif family == "SDXL refiner":
-            what = "Stable Diffusion XL (refiner)"
+        elif "v_pred" in entries:
+            what += " (v_prediction)"
+        elif kind == "SDXL":
+            what = "Stable Diffusion XL (base, or Turbo: its tensors do not say)"
         return f"{what}{special}, in one file, LDM names"
     if word == "U-Net":
         return f"U-Net alone{of}{special}, {names}"

@@ -1,12 +1,13 @@
-"""Checkpoints <-> models: each format of Stable Diffusion 1, strictly. Chapter 11.
-Exported from book/11_weights.ipynb by `make export`; edit it there.
+"""Checkpoints <-> models: each format of Stable Diffusion, strictly. Chapter 11.
+Exported from book/11_weights.ipynb and book/17_sdxl.ipynb
+by `make export`; edit it there.
 
 `plan` decides what we can draw with; `load` reads the numbers that it finds.
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,9 @@ from sdlearn.checkpoint.configs import (
 from sdlearn.checkpoint.dialects import (
     CHANNELS,
     CLIP_RULES,
+    OPEN_CLIP_RULES,
     PREFIXES,
+    TEXTS,
     VAE_RULES,
     Rules,
     averaged_name,
@@ -39,6 +42,7 @@ from sdlearn.checkpoint.dialects import (
     clip_name,
     ldm_unet_rules,
     ldm_vae_rules,
+    placed,
     recognise,
     rename,
     spell_all,
@@ -58,14 +62,15 @@ from sdlearn.checkpoint.files import (
     read_weights,
     tensor_writer,
     text_writer,
+    unfused,
 )
 from sdlearn.checkpoint.hub import find_model, model_name
 from sdlearn.clip import CLIP, CLIPTextConfig, CLIPTextEncoder
 from sdlearn.disk import read_json, write_files
-from sdlearn.prediction import EPSILON, Prediction
-from sdlearn.schedule import Schedule
-from sdlearn.tokenizer import Tokenizer
-from sdlearn.unet import UNet, UNetConfig
+from sdlearn.prediction import EPSILON, Prediction, V
+from sdlearn.schedule import Schedule, zero_terminal_snr
+from sdlearn.tokenizer import EOS, Tokenizer
+from sdlearn.unet import AddedEmbedding, UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
 
 
@@ -148,10 +153,9 @@ def fit(
     torch.channels_last. No more is in memory than the model and a bit of the file.
     """
     model, tensors, names, source = network
-    kinds = {x: dtype or getattr(torch, entry(tensors, names[x])[0]) for x in names}
+    kinds = types_of(network, dtype)
     places = sorted(model.state_dict().items(), key=lambda place: -place[1].numel())
-    need = sum(place.numel() * kinds[ours].itemsize for ours, place in places)
-    check_memory(need, device, source)
+    check_memory(memory_of(network, dtype), device, source)
     state = {}
     for ours, place in places:
         theirs = tensors[names[ours]]
@@ -186,6 +190,18 @@ def check_numbers(tensor: Tensor, converted: Tensor, what: str) -> None:
         )
 
 
+def types_of(network: Network, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """The type that each tensor will have; dtype None: that of the file."""
+    _, tensors, names, _ = network
+    return {x: dtype or getattr(torch, entry(tensors, names[x])[0]) for x in names}
+
+
+def memory_of(network: Network, dtype: torch.dtype | None) -> int:
+    """How many bytes it will take."""
+    kinds, places = types_of(network, dtype), network.model.state_dict()
+    return sum(x.numel() * kinds[name].itemsize for name, x in places.items())
+
+
 def free_memory(device: torch.device | str) -> int | None:
     """Bytes that are free there; None where nobody can tell."""
     kind = torch.device(device).type
@@ -199,11 +215,13 @@ def free_memory(device: torch.device | str) -> int | None:
 
 def check_memory(need: int, device: torch.device | str, source: str | Path) -> None:
     """Say it before the machine stands still."""
-    free = free_memory(device)
+    free, there = free_memory(device), torch.device(device).type
     if free is not None and need > free:
+        advice = "" if there == "cpu" else "add --offload, "
         raise ValueError(
             f"{source} needs {human(need)} of memory, but only {human(free)} are free: "
-            "close other programs, or take a smaller precision, such as --dtype bf16"
+            f"{advice}close other programs, or take a smaller precision, such as "
+            "--dtype bf16"
         )
 
 
@@ -212,6 +230,7 @@ MAKE: dict[str, tuple[type[nn.Module], Callable[..., Config]]] = {
     "text_encoder": (CLIPTextEncoder, text_from_json),
     "vae": (VAE, vae_from_json),
     "unet": (UNet, unet_from_json),
+    "text_encoder_2": (CLIPTextEncoder, text_from_json),
 }  # a part's name -> its class, and how its config.json is read
 
 
@@ -236,6 +255,11 @@ def refuse_foreign(tensors: Tensors) -> None:
         )
 
 
+def is_ldm(names: Iterable[str]) -> bool:
+    """Are these CompVis' names of a VAE or a U-Net?"""
+    return any(re.search(r"(^|\.)(mid|input_blocks)\.", name) for name in names)
+
+
 def prepare(part: str, config: Config, tensors: Tensors, source: Path) -> Network:
     """An empty network, and its tensors under whichever names this file has."""
     refuse_foreign(tensors)
@@ -252,8 +276,10 @@ def prepare(part: str, config: Config, tensors: Tensors, source: Path) -> Networ
         model = empty(MAKE[part][0], config)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{source} has an impossible configuration: {error}") from None
-    ldm = any(re.search(r"(^|\.)(mid|input_blocks)\.", name) for name in tensors)
-    names = spell_all(model.state_dict(), rules(config, ldm), part, tensors)
+    theirs = rules(config, is_ldm(tensors))
+    if any(".resblocks." in name for name in tensors):
+        tensors, theirs = unfused(tensors), OPEN_CLIP_RULES
+    names = spell_all(model.state_dict(), theirs, part, tensors)
     return match(model, tensors.only(lambda name: not why_ignored(name)), names, source)
 
 
@@ -306,19 +332,24 @@ def load_clip(
 class Plan(NamedTuple):
     """A whole model before its numbers are read; size: (height, width) in pixels."""
 
-    tokenizer: Tokenizer | None  # None: CLIP's own
-    networks: dict[str, Network]  # text_encoder, vae, unet
+    tokenizers: dict[str, Tokenizer | str]  # a text: CLIP's own, padded with it
+    networks: dict[str, Network]  # text_encoder, vae, unet; SDXL: text_encoder_2
     schedule: Schedule
-    prediction: Prediction
+    prediction: Prediction | None  # None: nobody says, the U-Net has to be asked
     size: tuple[int, int]
 
 
 class Sizes(NamedTuple):
     """The networks of a single file, which says nothing of them; SD 1.5's if unsaid."""
 
-    text_encoder: CLIPTextConfig = CLIPTextConfig()
+    text_encoder: CLIPTextConfig | None = CLIPTextConfig()
     vae: VAEConfig = VAEConfig()
     unet: UNetConfig = UNetConfig()
+    text_encoder_2: CLIPTextConfig | None = None
+    side: int = 512  # pixels
+
+
+SIZES = {"SD 1": Sizes()}  # by what a file is
 
 
 def plan(
@@ -340,7 +371,7 @@ def plan(
                 "without ema"
             )
         return check_fit(plan_folder(path, vae), path)
-    found = plan_file(path, ema, vae, sizes or Sizes())
+    found = plan_file(path, ema, vae, sizes)
     return found if sizes else check_fit(found, path)
 
 
@@ -349,15 +380,18 @@ def plan_folder(folder: Path, vae: str | Path | None) -> Plan:
     index = read_index(folder)
     kind = str(index.get("_class_name"))
     find_parts(folder, index)  # complains if one is missing
-    if not kind.startswith("StableDiffusion") or "XL" in kind or "3" in kind:
+    if not kind.startswith("StableDiffusion") or "3" in kind:
         raise ValueError(
-            f"{folder} is a {clean(kind)}, but a StableDiffusionPipeline (SD 1) is "
-            "wanted"
+            f"{folder} is a {clean(kind)}, but a StableDiffusionPipeline or a "
+            "StableDiffusionXLPipeline is wanted"
         )
+    xl = "XL" in kind
     height, width = sample_size(read_json(folder / "unet" / "config.json"))
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     networks = {}
     for part in MAKE:
+        if part.startswith("text_encoder") and not has_part(index, part, xl):
+            continue
         if part == "vae" and vae is not None:
             own = folder / "vae" / "config.json"
             known = vae_from_json(read_json(own)) if own.exists() else VAEConfig()
@@ -365,9 +399,20 @@ def plan_folder(folder: Path, vae: str | Path | None) -> Plan:
         else:
             networks[part] = prepare_part(folder / part, part)
     factor = 2 ** (len(networks["vae"].model.config.channels) - 1)
-    tokenizer = Tokenizer.load(folder / "tokenizer")
+    texts = [name for name in networks if name.startswith("text_encoder")]
+    names = [name.replace("text_encoder", "tokenizer") for name in texts]
+    tokenizers: dict[str, Tokenizer | str] = {}
+    tokenizers |= {name: Tokenizer.load(folder / name) for name in names}
     pixels = factor * height, factor * width
-    return Plan(tokenizer, networks, *schedule_from_json(scheduler), pixels)
+    unet = networks["unet"].model
+    zeros = xl and index.get("force_zeros_for_empty_prompt", True) is True
+    unet.config = replace(unet.config, zeros=zeros)
+    return Plan(tokenizers, networks, *schedule_from_json(scheduler), pixels)
+
+
+def has_part(index: Mapping[str, Any], part: str, xl: bool) -> bool:
+    """Is a text encoder to be expected? A refiner of SDXL lacks the first one."""
+    return index.get(part) != [None, None] and (xl or part == "text_encoder")
 
 
 def plan_vae(path: str | Path, config: VAEConfig) -> Network:
@@ -385,28 +430,41 @@ def plan_vae(path: str | Path, config: VAEConfig) -> Network:
     return prepare("vae", config, tensors, path)
 
 
-def plan_file(path: Path, ema: bool, vae: str | Path | None, sizes: Sizes) -> Plan:
-    """A Stable Diffusion 1 in one file, as CompVis' code saved it."""
+def plan_file(
+    path: Path, ema: bool, vae: str | Path | None, sizes: Sizes | None
+) -> Plan:
+    """A Stable Diffusion in one file, as its makers' code saved it."""
     tensors = read_tensors(path)
     refuse_foreign(tensors)
     kind, special = recognise(tensors), variant(tensors.entries)
-    if kind != "SD 1" or special not in ("", "inpainting"):
+    if kind not in SIZES or special not in ("", "inpainting"):
         what = called(kind) + (f" for {special}" if special else "")
-        raise ValueError(f"{path} is {what}, but a whole SD 1 checkpoint is wanted")
-    heads = {part: PREFIXES[part][part == "text_encoder"] for part in MAKE}
-    if vae is None and not any(name.startswith(heads["vae"]) for name in tensors):
+        raise ValueError(
+            f"{path} is {what}, but a whole checkpoint of SD 1, SD 2 or SDXL is wanted"
+        )
+    heads = TEXTS[kind] | {part: PREFIXES[part][0] for part in ("vae", "unet")}
+    absent = [
+        part
+        for part, head in heads.items()
+        if not any(name.startswith(head) for name in tensors)
+    ]
+    if vae is None and "vae" in absent:
         raise ValueError(f"{path} has no VAE: name the file of one with --vae")
+    if absent and absent != ["vae"]:
+        raise ValueError(f"{path} has no {absent[0]}: take a whole checkpoint")
     for name in sorted(tensors):
         if not why_ignored(name) and not name.startswith(tuple(heads.values())):
             raise ValueError(
                 f"{path} has a tensor that no part takes, {clean(name)}: it is not a "
-                "plain SD 1 checkpoint"
+                f"plain {kind} checkpoint"
             )
+    sizes = sizes or SIZES[kind]
     if special:  # a U-Net that also sees a mask and the rest of the picture
         channels = 2 * sizes.vae.latent_channels + 1
         sizes = sizes._replace(unet=replace(sizes.unet, in_channels=channels))
     networks = {}
-    for part, config in sizes._asdict().items():
+    for part in heads:
+        config = getattr(sizes, part)
         if part == "vae" and vae is not None:
             networks[part] = plan_vae(vae, config)
         else:
@@ -414,7 +472,24 @@ def plan_file(path: Path, ema: bool, vae: str | Path | None, sizes: Sizes) -> Pl
             networks[part] = prepare(part, config, mine, path)
     if ema:
         networks["unet"] = averages(networks["unet"], tensors)
-    return Plan(None, networks, Schedule(), EPSILON, (512, 512))
+    old = TEXTS["SD 1"]["text_encoder"], TEXTS["SDXL"]["text_encoder"]
+    tokenizers: dict[str, Tokenizer | str] = {  # CLIP pads with its end, OpenCLIP "!"
+        part.replace("text_encoder", "tokenizer"): EOS if root in old else "!"
+        for part, root in TEXTS[kind].items()
+    }
+    betas = Schedule().betas
+    schedule = Schedule(zero_terminal_snr(betas) if "ztsnr" in tensors else betas)
+    said = said_prediction(kind, tensors)
+    side = 768 if kind == "SD 2" and said is V else sizes.side
+    return Plan(tokenizers, networks, schedule, said, (side, side))
+
+
+def said_prediction(kind: str, tensors: Tensors) -> Prediction | None:
+    """What the U-Net of a single file answers, as far as the file says so."""
+    said = tensors.metadata.get("modelspec.prediction_type", "").lower()
+    if "v_pred" in tensors or said in ("v", "v_prediction"):
+        return V
+    return None if kind == "SD 2" and said not in ("epsilon", "eps") else EPSILON
 
 
 def averages(unet: Network, tensors: Tensors) -> Network:
@@ -432,10 +507,8 @@ def averages(unet: Network, tensors: Tensors) -> Network:
 
 def check_fit(found: Plan, path: Path) -> Plan:
     """Do the parts speak the same widths?"""
-    text, vae, unet = (found.networks[part].model.config for part in MAKE)
-    words, positions = 49408, 77
-    if found.tokenizer is not None:
-        words, positions = len(found.tokenizer), found.tokenizer.positions
+    configs = {part: network.model.config for part, network in found.networks.items()}
+    vae, unet = configs["vae"], configs["unet"]
     channels = vae.latent_channels
     fits = unet.in_channels in (channels, 2 * channels + 1)  # plain, or inpainting
     if not fits and (special := CHANNELS.get(unet.in_channels)):
@@ -448,24 +521,48 @@ def check_fit(found: Plan, path: Path) -> Plan:
             f"{path}: the U-Net takes {unet.in_channels} channels and answers "
             f"{unet.out_channels}, but the VAE makes {channels}: take another model"
         )
-    if unet.context_width != text.width or words > text.vocab:
-        raise ValueError(
-            f"{path}: a tokenizer of {words} tokens, a text encoder of {text.vocab} "
-            f"and width {text.width}, and a U-Net that reads a width of "
-            f"{unet.context_width} do not fit: take all from one model"
-        )
-    if positions > text.positions:
-        raise ValueError(
-            f"{path}: the tokenizer fills {positions} positions, but the text encoder "
-            f"has {text.positions}: take both from one model"
-        )
+    try:
+        check_texts(configs | found.tokenizers)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return found
+
+
+def check_texts(parts: Mapping[str, Any]) -> None:
+    """Do tokenizers, text encoders (or their configs) and U-Net fit each other?"""
+    unet = parts["unet"]
+    texts = {name: x for name, x in parts.items() if name.startswith("text_encoder")}
+    width = sum(text.width for text in texts.values())
+    for name, text in texts.items():
+        tokenizer = parts[name.replace("text_encoder", "tokenizer")]
+        own = isinstance(tokenizer, str)  # CLIP's own
+        words, positions = (49408, 77) if own else (len(tokenizer), tokenizer.positions)
+        if unet.context_width != width and not unet.added or words > text.vocab:
+            raise ValueError(
+                f"a tokenizer of {words} tokens, a text encoder of {text.vocab} and "
+                f"width {text.width}, and a U-Net that reads a width of "
+                f"{unet.context_width} do not fit: take all from one model"
+            )
+        if positions > text.positions:
+            raise ValueError(
+                f"the tokenizer fills {positions} positions, but the text encoder has "
+                f"{text.positions}: take both from one model"
+            )
+    pooled = texts["text_encoder_2"].projection if "text_encoder_2" in texts else 0
+    ids, rest = divmod(unet.added - pooled, AddedEmbedding.waves)
+    beside = not rest and ids in (5, 6) if unet.added else not pooled
+    if not texts or unet.context_width != width or not beside:
+        raise ValueError(
+            f"there is {', '.join(texts) or 'no text encoder'}, with a pooled text of "
+            f"width {pooled}, but the U-Net reads {unet.context_width} for words and "
+            f"{unet.added} beside them: take all from one model"
+        )
 
 
 class Parts(NamedTuple):
     """What a Stable Diffusion is made of; size: (height, width) in training."""
 
-    networks: dict[str, Any]  # tokenizer, text_encoder, vae, unet
+    networks: dict[str, Any]  # tokenizer, text_encoder, vae, unet; SDXL: two of each
     schedule: Schedule
     prediction: Prediction = EPSILON
     size: tuple[int, int] = (512, 512)
@@ -494,9 +591,42 @@ def build(
     found: Plan, name: str = "", dtype: torch.dtype | None = torch.float32, *how: Any
 ) -> Parts:
     """Read the numbers of a plan. how: device and layout, as `fit` takes them."""
-    networks = {"tokenizer": found.tokenizer or Tokenizer.clip()}
-    networks |= {part: fit(found.networks[part], dtype, *how) for part in MAKE}
-    return Parts(networks, found.schedule, found.prediction, found.size, name)
+    networks: dict[str, Any] = {
+        name: Tokenizer.clip(pad=x) if isinstance(x, str) else x
+        for name, x in found.tokenizers.items()
+    }
+    types = {part: kept(x.model, dtype) for part, x in found.networks.items()}
+    need = sum(memory_of(x, types[part]) for part, x in found.networks.items())
+    check_memory(need, how[0] if how else "cpu", name or "the model")
+    for part, network in found.networks.items():
+        networks[part] = fit(network, types[part], *how)
+    prediction, size = found.prediction, found.size
+    if prediction is None:
+        prediction = asked_prediction(networks["unet"])
+        size = (768, 768) if prediction is V else size
+    return Parts(networks, found.schedule, prediction, size, name)
+
+
+def kept(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
+    """What a network computes in: a VAE that overflows in 16 bits takes 32."""
+    fragile = getattr(getattr(model, "config", None), "upcast", False)
+    return torch.float32 if fragile and dtype is torch.float16 else dtype
+
+
+@torch.no_grad()
+def asked_prediction(unet: UNet) -> Prediction:
+    """Does it answer the noise, or v? It is shown noise alone, at the last time.
+
+    Whoever predicts noise then answers what it saw; v is there minus the picture.
+    """
+    dice, config = torch.Generator().manual_seed(0), unet.config
+    weight = unet.conv_in.weight
+    noise = torch.randn(1, config.out_channels, 32, 32, generator=dice).to(weight)
+    more = noise.new_zeros(1, config.in_channels - config.out_channels, 32, 32)
+    words = torch.zeros(1, 77, config.context_width).to(weight)
+    answer = unet(torch.cat([noise, more], dim=1), torch.tensor([999]), words)
+    alike = torch.cosine_similarity(answer.flatten(), noise.flatten(), dim=0)
+    return EPSILON if alike > 0.5 else V
 
 
 def named(model: Any, ldm: bool = False) -> dict[str, Tensor]:
@@ -505,10 +635,39 @@ def named(model: Any, ldm: bool = False) -> dict[str, Tensor]:
     head = PREFIXES[part][0] if ldm else "text_model." * (part == "text_encoder")
     theirs, tensors = rules(model.config, ldm), {}
     for ours, tensor in model.state_dict().items():
-        name = head + rename(ours, theirs)
+        name = placed(head, rename(ours, theirs))
         conv = ".mid.attn_1." in name and tensor.ndim == 2  # theirs is 1x1
         tensors[name] = tensor[:, :, None, None] if conv else tensor
     return tensors
+
+
+def fused(encoder: nn.Module) -> dict[str, Tensor]:
+    """A text encoder's tensors under OpenCLIP's names: what `unfused` takes apart."""
+    found = {rename(x, OPEN_CLIP_RULES): y for x, y in encoder.state_dict().items()}
+    for name in [name for name in found if ".q_proj." in name]:
+        three = [found.pop(name.replace(".q_", f".{x}_")) for x in "qkv"]
+        found[name.replace(".q_proj.", ".in_proj_")] = torch.cat(three)
+    if "text_projection.weight" in found:
+        found["text_projection"] = found.pop("text_projection.weight").T
+    return found
+
+
+def kind_of(parts: Parts) -> str:
+    """As what its parts go into a single file: a key of SIZES, or nothing."""
+
+    def signs(part: str, config: Any) -> tuple:
+        if part == "unet":
+            return config.linear, config.zeros, config.added > 0
+        return (config.exact_gelu,)
+
+    mine = {name: x.config for name, x in parts.networks.items() if name in MAKE}
+    del mine["vae"]
+    for kind, sizes in SIZES.items():
+        theirs = {part: getattr(sizes, part) for part in (*TEXTS[kind], "unet")}
+        alike = (signs(x, mine[x]) == signs(x, theirs[x]) for x in mine)
+        if mine.keys() == theirs.keys() and all(alike):
+            return kind
+    return ""
 
 
 def save(
@@ -517,7 +676,8 @@ def save(
     """One file with CompVis' names if the path ends in .safetensors or .ckpt, else a
     folder in diffusers' layout. All of it is written, or nothing.
 
-    A single file holds neither tokenizer nor schedule: its readers take those of SD 1.
+    A single file holds neither tokenizer nor schedule: its readers take those of the
+    kind that it is.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -528,15 +688,27 @@ def save(
         )
     if suffix not in (".safetensors", ".ckpt"):
         return write_files(folder_writers(path, parts, dtype))
-    usual = torch.equal(parts.schedule.betas, Schedule().betas)
-    if parts.prediction.name != "epsilon" or not usual:
+    kind, betas, usual = kind_of(parts), parts.schedule.betas, Schedule().betas
+    if not kind:
         raise ValueError(
-            f"{path}: a single file cannot say that this model has another schedule or "
-            "prediction than SD 1: save it as a folder"
+            f"{path}: a single file holds an SD 1, SD 2 or SDXL, but this model has "
+            "other parts: save it as a folder"
         )
-    tensors: dict[str, Tensor] = {}
-    for part in MAKE:
+    zero = torch.equal(betas, zero_terminal_snr(usual))
+    said = {"v_pred": parts.prediction is V, "ztsnr": zero}  # as two empty tensors
+    known = parts.prediction in (EPSILON, V) and (zero or torch.equal(betas, usual))
+    if not known or kind == "SD 1" and any(said.values()):
+        raise ValueError(
+            f"{path}: a single file of {kind} cannot say that this model has another "
+            "schedule or prediction than usual: save it as a folder"
+        )
+    tensors = {name: torch.zeros(0) for name, x in said.items() if x}
+    for part in ("vae", "unet"):
         tensors |= named(parts.networks[part], ldm=True)
+    for part, root in TEXTS[kind].items():
+        text = parts.networks[part]
+        theirs = named(text) if root.endswith("transformer.") else fused(text)
+        tensors |= {root + name: tensor for name, tensor in theirs.items()}
     return write_files({path: tensor_writer(tensors, dtype, suffix == ".ckpt")})
 
 
@@ -552,31 +724,55 @@ INDEX = {  # model_index.json: who reads which part, for diffusers
 }
 
 
+def index_of(parts: Parts) -> dict[str, Any]:
+    """The content of model_index.json."""
+    unet, vae = parts.networks["unet"].config, parts.networks["vae"].config
+    plain = unet.in_channels == vae.latent_channels
+    refiner = "text_encoder" not in parts.networks
+    use = ("Img2Img" if refiner else "") if plain else "Inpaint"
+    name = f"StableDiffusion{'XL' if unet.added else ''}{use}Pipeline"
+    found = {"_class_name": name} | INDEX
+    if not unet.added:
+        return found
+    found = {name: x for name, x in found.items() if "safety" not in name}
+    found |= {
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": INDEX["tokenizer"],
+        "force_zeros_for_empty_prompt": unet.zeros,
+    }
+    if refiner:
+        found["requires_aesthetics_score"] = True
+    absent = [name for name in found if name.startswith(("text_enc", "tokenizer"))]
+    absent = [name for name in absent if name not in parts.networks]
+    return found | dict.fromkeys(absent, [None, None])
+
+
 def folder_writers(
     folder: Path, parts: Parts, dtype: torch.dtype | None = None
 ) -> dict[Path, Callable[[Path], object]]:
     """All files of diffusers' layout, for `write_files`."""
-    tokenizer, text, vae, unet = (parts.networks[part] for part in ("tokenizer", *MAKE))
+    vae, unet = parts.networks["vae"], parts.networks["unet"]
     factor = 2 ** (len(vae.config.channels) - 1)
     height, width = (side // factor for side in parts.size)
     size = height if height == width else [height, width]
     schedule = schedule_to_json(parts.schedule, parts.prediction)
-    plain = unet.config.in_channels == vae.config.latent_channels
-    kind = "StableDiffusionPipeline" if plain else "StableDiffusionInpaintPipeline"
     contents = {
-        "text_encoder/config": text_to_json(text.config),
         "vae/config": vae_to_json(vae.config, max(parts.size)),
         "unet/config": unet_to_json(unet.config, size),
         "scheduler/scheduler_config": schedule,
-        "model_index": {"_class_name": kind} | INDEX,
+        "model_index": index_of(parts),
     }
-    texts = tokenizer.files().items()
-    writers = {f"tokenizer/{name}": text_writer(content) for name, content in texts}
+    writers: dict[str, Callable[[Path], object]] = {}
+    for name, part in parts.networks.items():
+        if isinstance(part, Tokenizer):
+            files = part.files().items()
+            writers |= {f"{name}/{file}": text_writer(text) for file, text in files}
+            continue
+        if text := name.startswith("text_encoder"):
+            contents[f"{name}/config"] = text_to_json(part.config)
+        stem = "model" if text else "diffusion_pytorch_model"
+        writers[f"{name}/{stem}.safetensors"] = tensor_writer(named(part), dtype)
     writers |= {f"{name}.json": json_writer(x) for name, x in contents.items()}
-    for part in MAKE:
-        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-        tensors = named(parts.networks[part])
-        writers[f"{part}/{stem}.safetensors"] = tensor_writer(tensors, dtype)
     return {folder / name: write for name, write in writers.items()}
 
 
@@ -601,3 +797,42 @@ def save_clip(
         "model.safetensors": tensor_writer(tensors, dtype),
     }
     write_files({here / name: write for name, write in files.items()})
+
+
+OPEN_CLIP_H = CLIPTextConfig(width=1024, layers=23, heads=16, exact_gelu=True)
+OPEN_CLIP_G = CLIPTextConfig(
+    width=1280, layers=32, heads=20, exact_gelu=True, projection=1280
+)
+SD2_UNET = UNetConfig(heads=(5, 10, 20, 20), context_width=1024, linear=True)
+XL_VAE = VAEConfig(scale=0.13025, upcast=True)
+XL_UNET = UNetConfig(
+    channels=(320, 640, 1280),
+    attention=(False, True, True),
+    heads=(5, 10, 20),
+    depth=(1, 2, 10),
+    context_width=768 + 1280,
+    linear=True,
+    added=1280 + 6 * AddedEmbedding.waves,
+    zeros=True,
+)
+REFINER_UNET = UNetConfig(
+    channels=(384, 768, 1536, 1536),
+    attention=(False, True, True, False),
+    heads=(6, 12, 24, 24),
+    depth=(4, 4, 4, 4),
+    context_width=1280,
+    linear=True,
+    added=1280 + 5 * AddedEmbedding.waves,
+)
+SIZES |= {
+    "SD 2": Sizes(OPEN_CLIP_H, unet=SD2_UNET),
+    "SDXL": Sizes(CLIPTextConfig(), XL_VAE, XL_UNET, OPEN_CLIP_G, side=1024),
+    "SDXL refiner": Sizes(None, XL_VAE, REFINER_UNET, OPEN_CLIP_G, side=1024),
+}
+
+
+def is_fast(schedule: Schedule, prediction: Prediction) -> bool:
+    """Made for a few steps without guidance, as SDXL-Turbo? A folder says it so: its
+    steps begin at the very last time, though its U-Net answers noise."""
+    noisy = schedule.alpha_bar[-1] > 1e-6  # no zero terminal SNR
+    return schedule.spacing == "trailing" and prediction is EPSILON and bool(noisy)

@@ -2,14 +2,13 @@
 
 Five zero channels are added to the first convolution, so that the first step answers as
 before. Then that convolution and a low-rank change of all other weights learn to look
-through them. What is shipped is the difference: a sixth of the U-Net's size.
+through them. What is shipped is the difference: a twentieth of the U-Net's size.
 """
 
 import argparse
-import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,16 +18,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
-from sdlearn.checkpoint.files import read_tensors, read_weights
 from sdlearn.checkpoint.load import load_text_encoder, load_unet, load_vae
 from sdlearn.disk import check_writable, write_files
 from sdlearn.inpaint import to_mask
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.schedule import add_noise
+from sdlearn.tiny.difference import FILE, add_difference, low_rank, save_difference
 from sdlearn.tiny.evaluate import fresh_scenes
 from sdlearn.tiny.judge import Judge, load_judge, look, verdict
 from sdlearn.tiny.recipe import (
@@ -47,9 +44,9 @@ from sdlearn.unet import UNet
 RECIPE = Recipe(
     steps=800, batch=16, lr=2e-3, warmup=50, cooldown=500, ema=0.99, decay=0.0
 )
-RANK = 8  # of the change of each weight
+NEW = "conv_in"  # the layer that is another
 BANK = 3_072  # training scenes whose latents are computed once
-BASE, FILE, FIGURES = Path("checkpoints/tiny"), "difference.safetensors", "figures.json"
+BASE, FIGURES = Path("checkpoints/tiny"), "figures.json"
 
 
 def widen(unet: UNet, channels: int = 9) -> UNet:
@@ -59,36 +56,6 @@ def widen(unet: UNet, channels: int = 9) -> UNet:
     state["conv_in.weight"] = F.pad(state["conv_in.weight"], (0, 0, 0, 0, 0, more))
     wide.load_state_dict(state)
     return wide
-
-
-class LowRank(nn.Module):
-    """weight -> weight + up @ down, no change at first: Hu et al. 2022, section 4.1."""
-
-    def __init__(self, weight: Tensor, rank: int):
-        super().__init__()
-        rows, columns = weight.shape[0], weight[0].numel()
-        self.up = nn.Parameter(torch.zeros(rows, rank))
-        self.down = nn.Parameter(torch.empty(rank, columns))
-        nn.init.uniform_(self.down, -(columns**-0.5), columns**-0.5)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + (self.up @ self.down).view_as(weight)
-
-
-def layers(unet: UNet) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
-    """All that has a matrix or a kernel for a weight, but not the first convolution."""
-    for name, layer in unet.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d) and name != "conv_in":
-            yield name, layer
-
-
-def low_rank(unet: UNet, rank: int = RANK) -> UNet:
-    """From now on only conv_in learns, and a change of low rank everywhere else."""
-    unet.requires_grad_(False).conv_in.requires_grad_(True)
-    for _, layer in list(layers(unet)):
-        change = LowRank(layer.weight, rank)
-        parametrize.register_parametrization(layer, "weight", change)
-    return unet
 
 
 def box(rng: random.Random, least: int, most: int) -> tuple[int, int, int, int]:
@@ -150,33 +117,12 @@ class InpaintTask(DenoiseTask):
 
 def make_task(base: Path, runs: Path) -> InpaintTask:
     """The twin of a checkpoint, ready to learn."""
-    vae, unet = load_vae(base), low_rank(widen(load_unet(base)))
+    vae, unet = load_vae(base), low_rank(widen(load_unet(base)), NEW)
     latents = latent_bank(vae, BANK, runs / "latents.pt") * vae.config.scale
     others = load_text_encoder(base), Tokenizer.load(base / "tokenizer"), latents
     return InpaintTask(channels_last(unet), *others, SCHEDULE, vae=channels_last(vae))
 
 
-def fingerprint(base: Path) -> str:
-    """Which weights a difference belongs to."""
-    tensors = read_weights(base / "unet")
-    return hashlib.sha256(
-        tensors["conv_in.weight"].float().numpy().tobytes()
-    ).hexdigest()
-
-
-def save_difference(unet: UNet, base: Path, folder: Path) -> None:
-    """What a trained `low_rank` U-Net has that the base lacks, in 16 bits."""
-    tensors = {f"conv_in.{name}": x for name, x in unet.conv_in.named_parameters()}
-    for name, layer in layers(unet):
-        places: Any = layer.parametrizations
-        (change,) = places["weight"]
-        tensors |= {f"{name}.up": change.up, f"{name}.down": change.down}
-    half = {name: x.detach().half().contiguous() for name, x in tensors.items()}
-    told = {"base": fingerprint(base)}
-    write_files({folder / FILE: partial(save_file, half, metadata=told)})
-
-
-@torch.no_grad()
 def load_inpainting(
     base: str | Path = BASE, folder: str | Path | None = None
 ) -> StableDiffusion:
@@ -185,20 +131,9 @@ def load_inpainting(
     folder: where the difference lies; None is `base`/inpainting.
     """
     base = Path(base)
-    path = Path(folder or base / "inpainting") / FILE
-    tensors = read_tensors(path)
-    if tensors.metadata.get("base") != fingerprint(base):
-        raise ValueError(
-            f"{path} is a difference to other weights than those of {base}: train it "
-            "again (sdlearn train inpainting)"
-        )
     sd = StableDiffusion.load(base)
-    unet = widen(sd.unet)
-    for name in ("conv_in.weight", "conv_in.bias"):
-        unet.get_parameter(name).copy_(tensors[name])
-    for name, layer in layers(unet):
-        change = tensors[f"{name}.up"].float() @ tensors[f"{name}.down"].float()
-        layer.weight += change.view_as(layer.weight)
+    place = base, Path(folder or base / "inpainting"), "inpainting"
+    unet = add_difference(widen(sd.unet), NEW, *place)
     sd.unet = channels_last(unet.to(sd.device, sd.dtype).eval())
     return sd
 
@@ -319,7 +254,7 @@ def main(args: argparse.Namespace) -> None:
     train_task("inpainting", make, recipe, runs, args.precision)
     task = make()
     task.load_state_dict(averaged_weights(runs / "state.pt"), strict=False)
-    save_difference(task.unet, args.model, to)
+    save_difference(task.unet, NEW, args.model, to)
     tell(f"{to / FILE}: written")
     if args.measure > 0:
         text = json.dumps(measure(args.model, to, args.measure)) + "\n"

@@ -352,6 +352,7 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     "textual-inversion": ("sdlearn.tiny.inversion", "the vectors of a new word"),
     "dreambooth": ("sdlearn.tiny.inversion", "the U-Net: a few pictures, a rare word"),
     "controlnet": ("sdlearn.tiny.controlnet", "a ControlNet: edges, scribbles, boxes"),
+    "crops": ("sdlearn.tiny.crops", "six ids: how a picture was cropped"),
 }
 
 

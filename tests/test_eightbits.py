@@ -45,8 +45,9 @@ def test_it_computes_with_its_rounded_weights(layer, x, dtype):
     layer, x = copy.deepcopy(layer).to(dtype), torch.randn(x).to(dtype)
     small, rounded = EightBits(layer), copy.deepcopy(layer)
     rounded.weight.data = (small.numbers * small.scale).reshape(layer.weight.shape)
+    loose = 1e-5 if dtype == torch.float32 else 2e-2
     with torch.no_grad():
-        torch.testing.assert_close(small(x), rounded(x))
+        torch.testing.assert_close(small(x), rounded(x), atol=loose, rtol=loose)
         assert small(x).dtype == dtype
         assert 0 < (small(x) - layer(x)).float().norm() < 0.05 * layer(x).float().norm()
 

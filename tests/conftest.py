@@ -28,6 +28,16 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model in diffusers' layout, for whoever only reads it."""
+    from random_model import save_random_model
+
+    folder = tmp_path_factory.mktemp("small")
+    save_random_model(folder)
+    return folder
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_full_size_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
     """Two models of full size beside each other may not fit into memory: the second file waits for the first."""

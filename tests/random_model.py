@@ -39,3 +39,8 @@ def save_random_model(folder: Path, dtype: torch.dtype = torch.float32, **sizes)
     save(folder, parts, dtype)
     save_clip(folder, clip, dtype=dtype)
     return parts
+
+
+def random_vectors(count: int, width: int = SMALL_UNET.context_width) -> torch.Tensor:
+    """What a word of `count` tokens may have learned."""
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(count))

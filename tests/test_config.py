@@ -187,17 +187,22 @@ def test_wrong_values(part, change, sentence):
         read(content | change)
 
 
-def test_a_whole_clip_ends_with_its_last_entry():
-    """Its pooled context is taken there; the context itself does not ask."""
+def test_the_end_of_a_text():
+    """A whole CLIP takes its pooled context there; SD 1's text encoder never asks, and is not refused for it."""
     whole = config.clip_to_json(CLIPTextConfig(), CLIPImageConfig(), 768)
-    assert config.clip_from_json(whole)[0] == config.text_from_json(SD_TEXT | {"eos_token_id": 7}) == CLIPTextConfig()
-    for end, good in ((49407, True), (2, True), (7, False), ("2", False)):
-        whole["text_config"]["eos_token_id"] = end
-        if good:
+    assert config.clip_from_json(whole)[0] == config.text_from_json(SD_TEXT) == CLIPTextConfig(end=49407)
+    for said, end in {49407: 49407, 2: 49407, 7: 7, "2": None, 49408: None, -1: None}.items():
+        whole["text_config"]["eos_token_id"] = said
+        assert config.text_from_json(SD_TEXT | {"eos_token_id": said}).end == (end or 49407)
+        if end:
+            assert config.clip_from_json(whole)[0].end == end
+            continue
+        with pytest.raises(ValueError, match="eos_token_id is .*, but one of 49408 entries is wanted"):
             config.clip_from_json(whole)
-        else:
-            with pytest.raises(ValueError, match="eos_token_id is .*, but the last of 49408 entries is wanted"):
-                config.clip_from_json(whole)
+    longer = CLIPTextConfig(vocab=102, end=99)  # two words were learned later
+    written = config.text_to_json(longer)
+    assert [written[f"{x}_token_id"] for x in ("bos", "eos", "pad")] == [98, 99, 99]
+    assert config.text_from_json(written) == longer
 
 
 @pytest.mark.parametrize("size, pixels", [(64, (64, 64)), ([60, 80], (60, 80)), (None, (64, 64)), ([32, 32], (32, 32))])

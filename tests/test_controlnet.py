@@ -31,6 +31,7 @@ from sdlearn.controlnet import (
 )
 from sdlearn.pictures import read_parameters
 from sdlearn.pipeline import StableDiffusion
+from sdlearn.request import Request
 from sdlearn.samplers import SAMPLERS
 from sdlearn.schedule import Schedule
 from sdlearn.unet import UNet
@@ -177,6 +178,24 @@ def test_scale_start_end(sd, net):
     assert (draw(sd, net.control(page(), start=0.9, end=0.95)) == plain).all()  # in no step
 
 
+@pytest.mark.parametrize("guess", [False, True])
+@torch.no_grad()
+def test_the_unet_hears_the_maps_times_the_scale(sd, net, guess):
+    """Sign, size and order of what arrives; in guess mode only the prompt's half, the finest map least."""
+    xt, t, context, _ = inputs()
+    t[:] = 300
+    heard: dict[str, list] = {}
+    setup = sd.set_up(Request("a cat", seed=1))
+    setup.network = lambda latents, t, **given: heard.update(given) or latents
+    net.control(page(), -0.7, guess=guess)(sd, setup).network(xt, t, context=context)
+    hint = torch.from_numpy(np.array(page())).permute(2, 0, 1)[None] / 255
+    maps = net(xt, t, context, hint)
+    factors = np.logspace(-1, 0, len(maps)) if guess else np.ones(len(maps))
+    for mine, theirs, factor in zip(heard["residuals"], maps, factors, strict=True):
+        torch.testing.assert_close(mine[1], -0.7 * float(factor) * theirs[1], atol=1e-5, rtol=1e-4)
+        assert not mine[0].any() if guess else torch.allclose(mine[0], -0.7 * theirs[0], atol=1e-5)
+
+
 def counted(sd, net, request_times: list[float], **how) -> list[bool]:
     control = net.control(page(), **how)
     levels = Schedule().levels(10)
@@ -241,6 +260,12 @@ def test_what_a_png_says(net):
         "ControlNet": "Model: unnamed, Weight: 0.7, Guidance Start: 0.0, Guidance End: 0.5, "
         "Control Mode: My prompt is more important"
     }
+
+
+def test_a_png_tells_of_two_of_one_name(net):
+    request = Request("x", seed=1, control=[(net, page(), 0.5), (net, page(), 0.7)])
+    text = request.parameters(0, 8, 8, "m")
+    assert 'ControlNet: "Model: unnamed, Weight: 0.5,' in text and 'ControlNet 2: "Model: unnamed, Weight: 0.7,' in text
 
 
 WRONG = {  # what is given -> the sentence

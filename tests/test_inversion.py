@@ -7,14 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from random_model import random_parts, save_random_model
+from random_model import random_parts
+from random_model import random_vectors as vectors
 from repository import ROOT
 from safetensors.torch import load_file, save_file
 
 from sdlearn.checkpoint.inspect import inspect
 from sdlearn.cli import main
-from sdlearn.inversion import Embedding, NewRows, add_embedding, read_embedding, split_word, write_embedding
+from sdlearn.inversion import Embedding, NewRows, WordFile, add_embedding, read_embedding, split_word, write_embedding
+from sdlearn.pictures import read_parameters
 from sdlearn.pipeline import StableDiffusion
+from sdlearn.request import Request
 from sdlearn.schedule import add_noise
 from sdlearn.tiny.inversion import DreamBoothTask, InversionTask, class_pictures, latents_of
 from sdlearn.tiny.lora import english, unicorn_scene
@@ -27,16 +30,9 @@ WIDTH = 32  # of the random model's words
 PROMPTS = ["a <toy> above a cat", "a cat", "<TOY>", "a fox to the left of the <toy>, <toy>"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    save_random_model(path)
-    return path
-
-
 @pytest.fixture
-def sd(folder):
-    return StableDiffusion.load(folder, "cpu")
+def sd(small_folder):
+    return StableDiffusion.load(small_folder, "cpu")
 
 
 @pytest.fixture
@@ -44,10 +40,6 @@ def toys():
     """Four pictures and what they show."""
     shades = (Image.new("RGB", (32, 32), (60 * i, 40, 200 - 40 * i)) for i in range(4))
     return [(picture, f"a <toy> {place} a cat") for picture, place in zip(shades, ("above", "and") * 2, strict=True)]
-
-
-def vectors(count: int, width: int = WIDTH) -> torch.Tensor:
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(count))
 
 
 # --- the tokenizer
@@ -129,8 +121,8 @@ def test_a_file_and_its_word(tmp_path):
 
 # --- the model
 @pytest.mark.parametrize("count", [1, 4])
-def test_only_rows_are_added(folder, sd, count):
-    before = StableDiffusion.load(folder, "cpu")
+def test_only_rows_are_added(small_folder, sd, count):
+    before = StableDiffusion.load(small_folder, "cpu")
     add_embedding(sd, Embedding("<toy>", vectors(count)))
     for part, network in before.networks().items():
         new = sd.networks()[part].state_dict()
@@ -185,6 +177,24 @@ def test_a_saved_model_keeps_its_word(tmp_path, sd, count):
         add_embedding(again, Embedding("<toy>", vectors(1)))
 
 
+def test_a_single_file_has_no_room_for_a_word(tmp_path, sd):
+    add_embedding(sd, Embedding("<toy>", vectors(2)))
+    for name in ("x.safetensors", "x.ckpt"):
+        with pytest.raises(ValueError, match="cannot say that this model has learned the word <toy>: save it as a fo"):
+            sd.save(tmp_path / name)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_text_ends_where_it_did(sd):
+    """The end token is no longer the last row of the table."""
+    add_embedding(sd, Embedding("<toy>", vectors(2)))
+    tokens = sd.tokenizer(["a <toy> above a cat", "<toy>", ""])
+    ends = [(row == sd.tokenizer.eos).nonzero()[0].item() for row in tokens]
+    assert ends == [len(sd.tokenizer.encode("a <toy> above a cat")) + 1, 3, 1]
+    positions = torch.arange(77.0).expand(3, 77)[..., None]
+    assert sd.text_encoder.pool(tokens, positions).flatten().tolist() == ends
+
+
 # --- training
 def test_new_rows_are_those_of_a_longer_table():
     table, rows, tokens = vectors(9), vectors(2), torch.randint(11, (3, 7))
@@ -195,7 +205,7 @@ def test_new_rows_are_those_of_a_longer_table():
     assert new.rows.grad is not None and new.table.grad is None
 
 
-def test_only_the_new_rows_learn(tmp_path, folder, sd, toys):
+def test_only_the_new_rows_learn(tmp_path, small_folder, sd, toys):
     kept = {f"{part}.{name}": x.clone() for part, net in sd.networks().items() for name, x in net.state_dict().items()}
     task = InversionTask(sd, toys, "<toy>", 2, "cat fox")
     begin = task.learned().vectors
@@ -208,7 +218,7 @@ def test_only_the_new_rows_learn(tmp_path, folder, sd, toys):
     table = sd.text_encoder.token_embedding.table
     assert torch.equal(table, kept.pop("text_encoder.token_embedding.weight"))
     assert all(torch.equal(now[name], x) for name, x in kept.items())
-    fresh = StableDiffusion.load(folder, "cpu")  # and the file gives what was trained
+    fresh = StableDiffusion.load(small_folder, "cpu")  # and the file gives what was trained
     add_embedding(fresh, learned)
     with torch.no_grad():
         ours = task.text_encoder(task.tokenizer(PROMPTS))
@@ -292,12 +302,12 @@ def test_class_pictures_are_drawn_once(tmp_path, sd, monkeypatch):
 
 
 # --- the command line
-def test_a_folder_of_pictures_becomes_a_word(tmp_path, folder, toys, capsys):
+def test_a_folder_of_pictures_becomes_a_word(tmp_path, small_folder, toys, capsys):
     (tmp_path / "toys").mkdir()
     for i, (picture, _) in enumerate(toys):
         picture.save(tmp_path / "toys" / f"{i}.png")
     words = f"train textual-inversion --pictures {tmp_path}/toys --to {tmp_path}/toy.safetensors --token <toy> "
-    words += f"--vectors 2 --like cat --model {folder} --steps 2 --batch 2 --precision no --runs {tmp_path}/runs"
+    words += f"--vectors 2 --like cat --model {small_folder} --steps 2 --batch 2 --precision no --runs {tmp_path}/runs"
     assert main(words.split()) == 0
     assert "draw with --embedding" in capsys.readouterr().err
     (tensor,) = load_file(tmp_path / "toy.safetensors").items()
@@ -306,22 +316,32 @@ def test_a_folder_of_pictures_becomes_a_word(tmp_path, folder, toys, capsys):
     assert main(words.split()) == 0  # its steps are done: the file is written again
     assert torch.equal(load_file(tmp_path / "toy.safetensors")["<toy>"], tensor[1])
     out = tmp_path / "out"
-    draw = ["--model", str(folder), "--steps", "1", "--seed", "1", "-o", str(out)]
+    draw = ["--model", str(small_folder), "--steps", "1", "--seed", "1", "-o", str(out)]
     assert main(["txt2img", "a <dog>", "--embedding", f"{tmp_path}/toy.safetensors:<dog>", *draw]) == 0
     assert main(["txt2img", "a <dog>", *draw]) == 0
     with_word, without = (Image.open(out / f"txt2img-000{i}.png").tobytes() for i in (1, 2))
     assert with_word != without
+    told = [read_parameters(out / f"txt2img-000{i}.png") for i in (1, 2)]  # and its own line draws it again
+    assert told[0]["Embedding"] == f"{tmp_path}/toy.safetensors:<dog>" and "Embedding" not in told[1]
+    assert main(["txt2img", told[0]["prompt"], "--embedding", told[0]["Embedding"], *draw]) == 0
+    assert Image.open(out / "txt2img-0003.png").tobytes() == with_word
 
 
-def test_a_folder_of_pictures_becomes_a_model_or_a_lora(tmp_path, folder, toys):
+def test_a_picture_tells_of_every_word():
+    words = [WordFile("a, b.pt"), WordFile("c.pt", "<c>"), WordFile("d.pt")]
+    text = Request("x", seed=1, extras=words).parameters(0, 8, 8, "m")
+    assert 'Embedding: "a, b.pt", Embedding 2: "c.pt:<c>", Embedding 3: d.pt' in text
+
+
+def test_a_folder_of_pictures_becomes_a_model_or_a_lora(tmp_path, small_folder, toys):
     (tmp_path / "toys").mkdir()
     for i, (picture, _) in enumerate(toys):
         picture.save(tmp_path / "toys" / f"{i}.png")
-    words = f"train dreambooth --pictures {tmp_path}/toys --model {folder} --steps 1 --batch 2 --precision no "
+    words = f"train dreambooth --pictures {tmp_path}/toys --model {small_folder} --steps 1 --batch 2 --precision no "
     words += f"--runs {tmp_path}/runs --class-pictures 2"
     how = [*words.split(), "--prompt", "a zwx cat", "--class-prompt", "a cat", "a fox"]
     assert main([*how, "--to", str(tmp_path / "new")]) == 0
-    new, old = StableDiffusion.load(tmp_path / "new", "cpu"), StableDiffusion.load(folder, "cpu")
+    new, old = StableDiffusion.load(tmp_path / "new", "cpu"), StableDiffusion.load(small_folder, "cpu")
     assert not torch.equal(new.unet.conv_in.weight, old.unet.conv_in.weight)
     assert len(read_folder(tmp_path / "runs" / "dreambooth-new" / "class")) == 2
     assert main([*how, "--rank", "2", "--to", str(tmp_path / "small.safetensors")]) == 0
@@ -340,9 +360,9 @@ FILES = {  # tensors of a file -> what --embedding says of it
 
 
 @pytest.mark.parametrize("sentence", FILES)
-def test_other_files_are_refused(tmp_path, folder, capsys, sentence):
+def test_other_files_are_refused(tmp_path, small_folder, capsys, sentence):
     save_file({name: torch.ones(shape) for name, shape in FILES[sentence].items()}, tmp_path / "x.safetensors")
-    words = ["txt2img", "x", "--embedding", str(tmp_path / "x.safetensors"), "--model", str(folder)]
+    words = ["txt2img", "x", "--embedding", str(tmp_path / "x.safetensors"), "--model", str(small_folder)]
     assert main([*words, "-o", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1 and not list(tmp_path.glob("*.png"))
@@ -382,11 +402,11 @@ def test_damaged_words_are_refused(tmp_path):
     ("dreambooth --to new --prompt x --rank -1", "rank is -1"),
     ("dreambooth --to new --prompt x --class-prompt cat --class-pictures 0", "class-pictures is 0"),
 ])  # fmt: skip
-def test_what_cannot_be_trained(tmp_path, folder, toys, capsys, monkeypatch, words, sentence):
+def test_what_cannot_be_trained(tmp_path, small_folder, toys, capsys, monkeypatch, words, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "toys").mkdir()
     toys[0][0].save(tmp_path / "toys" / "0.png")
-    assert main(f"train {words} --pictures toys --model {folder} --precision no".split()) == 2
+    assert main(f"train {words} --pictures toys --model {small_folder} --precision no".split()) == 2
     said = capsys.readouterr().err
     assert sentence in said.splitlines()[-1]
     assert not (tmp_path / "x.pt").exists() and not (tmp_path / "new" / "unet").exists()

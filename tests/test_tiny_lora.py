@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from random_model import save_random_model
 
 from sdlearn.cli import main
 from sdlearn.lora import load_lora, merge, unmerge, with_lora
@@ -50,16 +49,9 @@ def test_ink_keeps_lines_and_paper_and_nothing_else():
 
 
 # --- how they are trained
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("small")
-    save_random_model(path)
-    return path
-
-
 @pytest.fixture
-def task(folder):
-    sd = StableDiffusion.load(folder, "cpu", torch.float32)
+def task(small_folder):
+    sd = StableDiffusion.load(small_folder, "cpu", torch.float32)
     for network in sd.networks().values():
         network.requires_grad_(False)
     lora = with_lora({"unet": sd.unet}, 2)
@@ -86,8 +78,8 @@ def test_old_scenes_and_empty_captions_are_mixed_in(task):
     assert torch.equal(task.examples([random.Random(5)])["noise"], batch["noise"][5:6])
 
 
-def test_a_task_without_old_scenes(folder):
-    sd = StableDiffusion.load(folder, "cpu", torch.float32)
+def test_a_task_without_old_scenes(small_folder):
+    sd = StableDiffusion.load(small_folder, "cpu", torch.float32)
     lora = with_lora({"unet": sd.unet}, 2)
     task = LoraTask(sd, lora, [(Image.new("RGB", (32, 32), "red"), "a red thing")], None)
     batch = task.examples([random.Random(i) for i in range(20)])
@@ -95,7 +87,7 @@ def test_a_task_without_old_scenes(folder):
 
 
 @pytest.mark.slow
-def test_training_from_a_folder_and_going_on(folder, tmp_path, capsys):
+def test_training_from_a_folder_and_going_on(small_folder, tmp_path, capsys):
     """A reader's own pictures -> a file that changes the model, whether the run was interrupted or not."""
     own = tmp_path / "own"
     own.mkdir()
@@ -105,7 +97,7 @@ def test_training_from_a_folder_and_going_on(folder, tmp_path, capsys):
 
     def train(name, steps, *more):
         to = tmp_path / f"{name}.safetensors"
-        words = ["train", "lora", "--pictures", str(own), "--model", str(folder), "--to", str(to)]
+        words = ["train", "lora", "--pictures", str(own), "--model", str(small_folder), "--to", str(to)]
         how = [
             "--steps",
             str(steps),
@@ -123,7 +115,7 @@ def test_training_from_a_folder_and_going_on(folder, tmp_path, capsys):
 
     whole = train("whole", 4)
     assert train("whole", 4) == whole  # nothing left to do: written again
-    sd = StableDiffusion.load(folder, "cpu", torch.float32)
+    sd = StableDiffusion.load(small_folder, "cpu", torch.float32)
     lora = load_lora(tmp_path / "whole.safetensors", sd.networks())
     assert max(pair.delta().abs().max() for _, pair in lora.items()) > 0
     assert f"--lora {tmp_path / 'whole.safetensors'}" in capsys.readouterr().err

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: `--help` should not wait for
     from PIL.Image import Image
 
     from sdlearn.controlnet import Control
-    from sdlearn.inversion import Embedding
+    from sdlearn.inversion import Embedding, WordFile
     from sdlearn.pipeline import Drawing, StableDiffusion
     from sdlearn.request import Request, Settings
     from sdlearn.sdxl import PartOfTheWay
@@ -325,10 +325,11 @@ def request_of(args: argparse.Namespace) -> Request:
     given = {name: value for name, value in vars(args).items() if name in names}
     if args.command == "inpaint":
         given |= hole_of(args)
+    given["extras"] = [*given.get("extras", ()), *words_told(args)]
     if args.reuse != 1:
         from sdlearn.reuse import Reuse
 
-        given["extras"] = [*given.get("extras", ()), Reuse(args.reuse)]
+        given["extras"].append(Reuse(args.reuse))
     return Request(args.prompt, **given)
 
 
@@ -394,6 +395,14 @@ def read_words(args: argparse.Namespace) -> list[Embedding]:
 
     found = [split_word(text) for text in args.embedding]
     return [read_embedding(find_model(file), word) for file, word in found]
+
+
+def words_told(args: argparse.Namespace) -> list[WordFile]:
+    """The same words, for the pictures' files."""
+    from sdlearn.inversion import WordFile, split_word
+
+    found = [split_word(text) for text in args.embedding]
+    return [WordFile(str(find_model(file)), word) for file, word in found]
 
 
 def controls_of(args: argparse.Namespace) -> list[Control]:

@@ -61,6 +61,11 @@ class CLIPTextConfig:
     heads: int = 12
     exact_gelu: bool = False  # OpenCLIP: GELU in place of QuickGELU
     projection: int = 0  # width of a text_projection of its own; 0: it has none
+    end: int = -1  # the id of the end token; -1: the last of the vocabulary
+
+    def __post_init__(self) -> None:
+        if self.end == -1:
+            object.__setattr__(self, "end", self.vocab - 1)
 
 
 class CLIPTextEncoder(nn.Module):
@@ -110,11 +115,8 @@ class CLIPTextEncoder(nn.Module):
         return self.final_layer_norm(self.hidden_states(tokens)[-1 - skip])
 
     def pool(self, tokens: Tensor, context: Tensor) -> Tensor:
-        """The context (B, D) at the first end token, which has seen the whole text.
-
-        The end token is the last of the vocabulary.
-        """
-        end = (tokens == self.config.vocab - 1).int().argmax(dim=-1)
+        """The context (B, D) at the first end token, which has seen the whole text."""
+        end = (tokens == self.config.end).int().argmax(dim=-1)
         return context[torch.arange(len(context), device=context.device), end]
 
 

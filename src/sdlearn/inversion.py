@@ -122,3 +122,17 @@ def write_embedding(path: str | Path, embedding: Embedding) -> None:
     pickled = partial(torch.save, a1111 if path.suffix == ".pt" else {token: kept})
     safe = path.suffix == ".safetensors"
     write_files({path: tensor_writer({token: kept}) if safe else pickled})
+
+
+class WordFile(NamedTuple):
+    """Says in a picture's file where a word of its prompt came from; an extra of a
+    `Request`. word: what it is called there, if not as in the file."""
+
+    path: str
+    word: str = ""
+
+    def __call__(self, sd: Any, setup: Any) -> Any:
+        return setup  # what the word does, `add_embedding` has done
+
+    def said(self) -> dict[str, object]:
+        return {"Embedding": f"{self.path}:{self.word}" if self.word else self.path}

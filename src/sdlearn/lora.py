@@ -112,10 +112,16 @@ def with_lora(
     networks: {"unet": unet}, say. targets: a pattern, found in diffusers' names of the
     layers that it is for. alpha None: as the rank.
     """
-    layers = layers_of(networks)
-    chosen = {name: x for name, x in sorted(layers.items()) if re.search(targets, name)}
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank is {rank}; give a whole number, 1 or more")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is {alpha}; give a finite number above 0")
+    try:
+        pattern = re.compile(targets)
+    except re.error as error:
+        raise ValueError(f"targets {targets!r} is no pattern: {error}") from None
+    layers = layers_of(networks)
+    chosen = {name: x for name, x in sorted(layers.items()) if pattern.search(name)}
     if not chosen:
         raise ValueError(
             f"no layer is called {targets!r}; the first of {len(layers)} is called "

@@ -274,7 +274,9 @@ def settings_of(request: Request, i: int) -> dict[str, object]:
         "CFG Rescale phi": request.rescale or None,
     }
     for extra in (*request.extras, *request.control):
-        said |= extra.said()
+        for name, value in extra.said().items():  # two of a kind are numbered
+            count = 1 + sum(known.startswith(name) for known in said)
+            said[f"{name} {count}" if count > 1 else name] = value
     return {name: value for name, value in said.items() if value is not None}
 
 

@@ -2,6 +2,7 @@
 Exported from book/09_training.ipynb by `make export`; edit it there.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -79,6 +80,8 @@ class Recipe:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}: a training run needs at least 1"
                 )
+        if not 0 <= self.lr < math.inf:
+            raise ValueError(f"lr is {self.lr}: give a finite learning rate, 0 or more")
         if not 0 <= self.ema < 1:
             raise ValueError(
                 f"ema is {self.ema}: give a number from 0 (no averaging) to below 1"

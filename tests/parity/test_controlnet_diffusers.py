@@ -1,5 +1,7 @@
 """On small random models: our ControlNet and diffusers' answer and draw the same, in each way that they can be used."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +9,13 @@ from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
 )
 from full_model import fill
 from PIL import Image
-from random_model import save_random_model
+from random_model import SMALL_UNET, save_random_model
 
 from sdlearn.controlnet import ControlNet
 from sdlearn.pipeline import StableDiffusion
@@ -116,3 +119,34 @@ def test_img2img(models, end):
                   generator=torch.Generator().manual_seed(3), controlnet_conditioning_scale=1.0).images[0]  # fmt: skip
     assert differs(mine, theirs) <= 1
     assert differs(mine, ours.img2img(PROMPT, start, **settings)[0]) > 5
+
+
+@pytest.fixture(scope="module")
+def nine(tmp_path_factory):
+    """A model that sees a mask; its ControlNets look at four channels as all do."""
+    folder = tmp_path_factory.mktemp("nine")
+    save_random_model(folder, unet=replace(SMALL_UNET, in_channels=9), size=SIZE)
+    theirs = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, dtype=torch.float32)
+    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
+    return StableDiffusion.load(folder, device="cpu"), dict(theirs.components)
+
+
+@pytest.mark.parametrize("way", ["first half", "guess"])
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("channels", [4, 9])
+def test_inpainting(models, nine, channels, strength, way):
+    (ours, nets, parts, copies), (scale, begin, end, guess) = models, WAYS[way]
+    ours, parts = (ours, parts) if channels == 4 else nine
+    start = Image.fromarray(np.random.default_rng(5).integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8))
+    mask = Image.new("L", (SIZE, SIZE))
+    mask.paste(255, (24, 0, 64, 40))  # in a place that is not symmetric
+    how = {"steps": 5, "sampler": "ddim", "seed": 3, "strength": strength, "cfg_scale": 5.0, "paste": False}
+    mine = ours.inpaint(PROMPT, start, mask, **how, extras=[nets[0].control(page(0), scale, begin, end, guess)])[0]
+    pipe = StableDiffusionControlNetInpaintPipeline(**parts, controlnet=copies[0], requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(PROMPT, start, mask, page(0), SIZE, SIZE, strength=strength, num_inference_steps=5,
+                  guidance_scale=5.0, generator=torch.Generator().manual_seed(3), guess_mode=guess,
+                  controlnet_conditioning_scale=scale, control_guidance_start=begin,
+                  control_guidance_end=end).images[0]  # fmt: skip
+    assert differs(mine, theirs) <= 1
+    assert differs(mine, ours.inpaint(PROMPT, start, mask, **how)[0]) > 5  # the hint was heard

@@ -4,20 +4,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from lora_files import ALL, DIALECTS, metadata, random_lora
-from random_model import save_random_model
 from safetensors.torch import save_file
 
 from sdlearn.lora import load_lora, merge, save_lora
 from sdlearn.pipeline import StableDiffusion
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("small")
-    save_random_model(path)
-    return path
 
 
 @torch.no_grad()
@@ -30,14 +22,14 @@ def answers(text_encoder, unet, tokens):
     return context, eps if isinstance(eps, torch.Tensor) else eps.sample
 
 
-def compare(folder, file, scale=0.7):
+def compare(small_folder, file, scale=0.7):
     """Largest differences of context and eps, and how much the LoRA changes them."""
-    ours = StableDiffusion.load(folder, "cpu", torch.float32)
+    ours = StableDiffusion.load(small_folder, "cpu", torch.float32)
     tokens = ours.tokenizer(["a fox", "a red apple"])
     before = answers(ours.text_encoder, ours.unet, tokens)
     merge(ours.networks(), (load_lora(file, ours.networks()), scale))
     mine = answers(ours.text_encoder, ours.unet, tokens)
-    theirs = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, dtype=torch.float32)
+    theirs = StableDiffusionPipeline.from_pretrained(small_folder, safety_checker=None, dtype=torch.float32)
     theirs.load_lora_weights(file.parent, weight_name=file.name, adapter_name="x")
     theirs.set_adapters(["x"], [scale])
     other = answers(theirs.text_encoder, theirs.unet, tokens)
@@ -47,20 +39,20 @@ def compare(folder, file, scale=0.7):
 
 
 @pytest.mark.parametrize("name", DIALECTS)
-def test_diffusers_reads_the_same_from_a_file(name, folder, tmp_path):
+def test_diffusers_reads_the_same_from_a_file(name, small_folder, tmp_path):
     targets, says_alpha, write = DIALECTS[name]
-    networks = StableDiffusion.load(folder, "cpu", torch.float32).networks()
+    networks = StableDiffusion.load(small_folder, "cpu", torch.float32).networks()
     lora = random_lora(networks, 3, 2.0 if says_alpha else None, targets)
     header = metadata(lora) if "header" in name else {"format": "pt"}
     save_file({k: v.contiguous() for k, v in write(lora).items()}, tmp_path / "x.safetensors", header)
-    (context, eps), moved = compare(folder, tmp_path / "x.safetensors")
+    (context, eps), moved = compare(small_folder, tmp_path / "x.safetensors")
     assert context <= 1e-4 and eps <= 1e-4
     assert moved[1] > 0.01 and (moved[0] > 0.01 or "self_attn" not in targets)
 
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers"])
-def test_diffusers_reads_what_we_write(form, folder, tmp_path):
-    networks = StableDiffusion.load(folder, "cpu", torch.float32).networks()
+def test_diffusers_reads_what_we_write(form, small_folder, tmp_path):
+    networks = StableDiffusion.load(small_folder, "cpu", torch.float32).networks()
     save_lora(tmp_path / "x.safetensors", random_lora(networks, 3, 2.0, ALL), form)
-    (context, eps), moved = compare(folder, tmp_path / "x.safetensors")
+    (context, eps), moved = compare(small_folder, tmp_path / "x.safetensors")
     assert context <= 1e-4 and eps <= 1e-4 and min(moved) > 0.01

@@ -310,7 +310,10 @@ def text_from_json(content: Mapping) -> CLIPTextConfig:
     gelu = choose(content, "hidden_act", GELUS, "quick_gelu", part)
     own = "WithProjection" in str(content.get("architectures"))
     projection = number(content, "projection_dim", part) if own else 0
-    return CLIPTextConfig(**sizes, exact_gelu=gelu == "gelu", projection=projection)
+    end = content.get("eos_token_id", 2)  # older files say 2 and mean the last id
+    known = type(end) is int and 0 <= end < sizes["vocab"] and end != 2
+    sizes |= {"projection": projection, "end": end if known else -1}
+    return CLIPTextConfig(**sizes, exact_gelu=gelu == "gelu")
 
 
 def clip_from_json(content: Mapping) -> tuple[CLIPTextConfig, CLIPImageConfig, int]:
@@ -322,27 +325,27 @@ def clip_from_json(content: Mapping) -> tuple[CLIPTextConfig, CLIPImageConfig, i
             "CLIPModel is wanted"
         )
     config = text_from_json(text)
-    end = text.get("eos_token_id", config.vocab - 1)
-    if end not in (config.vocab - 1, 2):  # older files say 2 and mean the largest id
+    end = text.get("eos_token_id", 2)
+    if type(end) is not int or not 0 <= end < config.vocab:
         raise ValueError(
-            f"clip config: eos_token_id is {end!r}, but the last of {config.vocab} "
-            "entries is wanted, where the text's vector is taken"
+            f"clip config: eos_token_id is {end!r}, but one of {config.vocab} entries "
+            "is wanted, where the text's vector is taken"
         )
     seen = CLIPImageConfig(**tower(image, "image tower"))
     return config, seen, number(content, "projection_dim", "clip")
 
 
 def text_to_json(config: CLIPTextConfig, projection: int | None = None) -> dict:
-    """Ours -> `text_encoder/config.json`; start and end are the last two entries."""
+    """Ours -> `text_encoder/config.json`; the start token stands before the end."""
     return write(config, "text encoder") | {
         "architectures": ["CLIPTextModel" + "WithProjection" * bool(config.projection)],
         "model_type": "clip_text_model",
         "hidden_act": GELUS[config.exact_gelu],
         "intermediate_size": 4 * config.width,
         "projection_dim": projection or config.projection or config.width,
-        "bos_token_id": config.vocab - 2,
-        "eos_token_id": config.vocab - 1,
-        "pad_token_id": config.vocab - 1,
+        "bos_token_id": config.end - 1,
+        "eos_token_id": config.end,
+        "pad_token_id": config.end,
     }
 
 

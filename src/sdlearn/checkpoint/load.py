@@ -688,6 +688,12 @@ def save(
         )
     if suffix not in (".safetensors", ".ckpt"):
         return write_files(folder_writers(path, parts, dtype))
+    tokenizers = (x for x in parts.networks.values() if isinstance(x, Tokenizer))
+    if words := [word for x in tokenizers for word in x.added.values()]:
+        raise ValueError(
+            f"{path}: a single file cannot say that this model has learned the word "
+            f"{clean(words[0])}: save it as a folder"
+        )
     kind, betas, usual = kind_of(parts), parts.schedule.betas, Schedule().betas
     if not kind:
         raise ValueError(
@@ -769,7 +775,11 @@ def folder_writers(
             writers |= {f"{name}/{file}": text_writer(text) for file, text in files}
             continue
         if text := name.startswith("text_encoder"):
-            contents[f"{name}/config"] = text_to_json(part.config)
+            tokenizer = parts.networks[name.replace("text_encoder", "tokenizer")]
+            ids = {
+                f"{x}_token_id": getattr(tokenizer, x) for x in ("bos", "eos", "pad")
+            }
+            contents[f"{name}/config"] = text_to_json(part.config) | ids
         stem = "model" if text else "diffusion_pytorch_model"
         writers[f"{name}/{stem}.safetensors"] = tensor_writer(named(part), dtype)
     writers |= {f"{name}.json": json_writer(x) for name, x in contents.items()}

@@ -54,11 +54,15 @@ def low_rank(unet: UNet, new: str, rank: int = RANK) -> UNet:
 
 
 def fingerprint(base: Path) -> str:
-    """Which weights a difference belongs to."""
-    tensors = read_weights(base / "unet")
-    return hashlib.sha256(
-        tensors["conv_in.weight"].float().numpy().tobytes()
-    ).hexdigest()
+    """Which weights a difference belongs to: a hash of every number of all three
+    networks, and of their names. Whoever trains one of them further needs another."""
+    found = hashlib.sha256()
+    for part in ("text_encoder", "vae", "unet"):
+        tensors = read_weights(base / part)
+        for name in sorted(tensors):
+            found.update(f"{part}.{name}".encode())
+            found.update(tensors[name].float().numpy().tobytes())
+    return found.hexdigest()
 
 
 def save_difference(unet: UNet, new: str, base: Path, folder: Path) -> None:

@@ -23,8 +23,8 @@ from sdlearn.pictures import save_png, to_tensor
 from sdlearn.pipeline import StableDiffusion, last
 from sdlearn.request import Request, number, whole_number
 from sdlearn.tiny.lora import WORD, Pictures, unicorns
-from sdlearn.tiny.own import read_folder
-from sdlearn.tiny.recipe import add_run_arguments, tell, text_writer, train_task
+from sdlearn.tiny.own import add_picture_arguments, asked, read_folder
+from sdlearn.tiny.recipe import tell, text_writer, train_task
 from sdlearn.tiny.tasks import DenoiseTask, normal
 from sdlearn.training import Recipe, averaged_weights
 
@@ -201,16 +201,9 @@ def class_pictures(
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """`sdlearn train textual-inversion` and `sdlearn train dreambooth`."""
-    recipe, add = RECIPES[name], parser.add_argument
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--pictures",
-        type=Path,
-        metavar="FOLDER",
-        help="your own: NAME.txt with a caption beside each NAME.png, or one "
-        "metadata.jsonl for all",
-    )
-    which.add_argument("--set", choices=[WORD], help="one of ours")
+    usual = "5e-6" if name == "dreambooth" else "5e-3"
+    add_picture_arguments(parser, [WORD], RECIPES[name], usual)
+    add = parser.add_argument
     if name == "dreambooth":
         parser.description = (
             "Teach a model what a few pictures show, by changing all of its U-Net: 5 "
@@ -233,8 +226,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     else:
         parser.description = (
             "Find the vectors of a new word for what 3 to 100 pictures show; the model "
-            "stays as it is. 8 minutes on one CPU core for the tiny model. The result "
-            "is one tiny file, for --embedding."
+            "stays as it is. Three minutes on one CPU core for the tiny model. The "
+            "result is one tiny file, for --embedding."
         )
         add("--to", type=Path, required=True, metavar="FILE",
             help="it ends in .safetensors, .bin or, for A1111, in .pt")  # fmt: skip
@@ -245,17 +238,6 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
             help="a word from whose vectors it begins (rabbit)")  # fmt: skip
         add("--prompt", metavar="TEXT",
             help="for pictures without a caption ('a' and the word)")  # fmt: skip
-    add("--model", default="checkpoints/tiny", metavar="PATH",
-        help="the model that learns (checkpoints/tiny)")  # fmt: skip
-    add("--steps", type=int, default=recipe.steps, metavar="N",
-        help=f"training steps ({recipe.steps})")  # fmt: skip
-    usual = "5e-6" if name == "dreambooth" else "5e-3"
-    add("--lr", type=float, default=recipe.lr, metavar="RATE",
-        help=f"learning rate ({recipe.lr}; {usual} for SD 1.5)")  # fmt: skip
-    add("--batch", type=int, default=recipe.batch, metavar="B",
-        help=f"of these pictures, examples a step ({recipe.batch})")  # fmt: skip
-    add("--device", metavar="NAME", help="cuda, mps or cpu (the first that is there)")
-    add_run_arguments(add)
 
 
 def learn(
@@ -265,10 +247,8 @@ def learn(
 
     twice: each step sees class pictures, too.
     """
-    name, plan = args.stage, RECIPES[args.stage]
-    cooldown = args.steps * plan.cooldown // plan.steps
-    recipe = replace(plan, steps=args.steps, lr=args.lr, cooldown=cooldown)
-    recipe = replace(recipe, batch=args.batch * (1 + twice))
+    name, recipe = args.stage, asked(RECIPES[args.stage], args)
+    recipe = replace(recipe, batch=recipe.batch * (1 + twice))
     folder = args.runs / f"{name}-{args.to.stem}"
     task = train_task(name, make, recipe, folder, args.precision, PREVIEW_EVERY)
     if task is None:  # all steps were done before

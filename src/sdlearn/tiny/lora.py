@@ -6,27 +6,26 @@ the unicorn, a word that the tiny model never heard, and ink, a style.
 
 import argparse
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdlearn.disk import check_writable
-from sdlearn.lora import ATTENTION, LoRA, save_lora, with_lora
+from sdlearn.lora import ATTENTION, LoRA, Pair, save_lora, with_lora
 from sdlearn.pictures import to_tensor
 from sdlearn.pipeline import StableDiffusion
-from sdlearn.tiny.own import read_folder
-from sdlearn.tiny.recipe import add_run_arguments, tell, train_task
+from sdlearn.tiny.own import add_picture_arguments, asked, read_folder
+from sdlearn.tiny.recipe import tell, train_task
 from sdlearn.tiny.scenes import (
     BACKGROUNDS,
     OBJECTS,
-    OWN_COLOURS,
     SIZE,
     Scene,
     Thing,
@@ -36,17 +35,17 @@ from sdlearn.tiny.scenes import (
     random_thing,
     sprite,
 )
-from sdlearn.tiny.tasks import DenoiseTask, encode_scenes
+from sdlearn.tiny.tasks import DenoiseTask, PairedTask, encode_scenes
 from sdlearn.training import Recipe, averaged_weights
 
 RECIPE = Recipe(
     steps=800, batch=8, lr=1e-2, warmup=20, cooldown=450, decay=0.0, ema=0.98
 )
+LAYERS = {ATTENTION: 4}  # which layers change, and the rank of their pairs
 PRIOR = 512  # old scenes that keep what was known
 PREVIEW_EVERY = 100  # steps
-WORD, STYLE = "unicorn", "ink"
-OWN_COLOURS[WORD] = WORD  # scenes can show one; OBJECTS, and so training, know none
-UNSHOWN = ("blue", "purple"), OBJECTS[::2]  # backgrounds and neighbours left out
+WORD, STYLE = "unicorn", "ink"  # no object of the scenes is called so
+UNSHOWN = ("blue", "purple"), OBJECTS[::5]  # backgrounds and neighbours left out
 Pictures = Sequence[tuple[Image.Image, str]]
 
 
@@ -98,7 +97,31 @@ def drawings(count: int = 96) -> Pictures:
     return [(in_ink(scene), scene.caption(rng)) for scene in scenes]
 
 
-SETS: dict[str, Callable[[], Pictures]] = {WORD: unicorns, STYLE: drawings}
+class Lesson(NamedTuple):
+    """One of our sets: its pictures, and how a LoRA learns them.
+
+    layers: {pattern: rank}. paired: each example with words and without, as the last
+    stage of the tiny model's U-Net learned (chapter 09).
+    """
+
+    pictures: Callable[[], Pictures]
+    recipe: Recipe = RECIPE
+    layers: Mapping[str, int] = LAYERS
+    paired: bool = False
+    prior: float = 0.2
+
+
+SETS = {
+    # a new outline is drawn by convolutions; attention alone only finds its place
+    WORD: Lesson(
+        partial(unicorns, alone=40, pairs=120),
+        replace(RECIPE, steps=1600, batch=16, lr=4e-3, cooldown=800),
+        {r"attn\d\.to_|ff\.net": 2, r"conv1|conv2|conv_shortcut|samplers": 1},
+        paired=True,
+        prior=0.25,
+    ),
+    STYLE: Lesson(drawings, replace(RECIPE, steps=600, cooldown=337), prior=0.0),
+}
 
 
 class LoraTask(DenoiseTask):
@@ -115,6 +138,7 @@ class LoraTask(DenoiseTask):
         pictures: Pictures,
         prior: Tensor | None,
         share: float = 0.2,
+        **more: Any,
     ):
         height, width = sd.size
         with torch.no_grad():
@@ -122,7 +146,7 @@ class LoraTask(DenoiseTask):
             new = [sd.vae.encode(x.to(sd.device)).mean.cpu() for x in tensors]
         latents = torch.cat(new) if prior is None else prior
         parts = sd.unet, sd.text_encoder, sd.tokenizer, latents, sd.schedule
-        super().__init__(*parts, vae=sd.vae, prediction=sd.prediction)
+        super().__init__(*parts, vae=sd.vae, prediction=sd.prediction, **more)
         self.lora: LoRA = lora
         self.new, self.share = torch.cat(new), share
         self.captions = [caption for _, caption in pictures]
@@ -144,17 +168,34 @@ class LoraTask(DenoiseTask):
         return super().preview(few, *how, **more)
 
 
-def make_task(args: argparse.Namespace, pictures: Pictures) -> LoraTask:
-    """The model, frozen, with a new LoRA beside its attention."""
+class PairedLoraTask(PairedTask, LoraTask):
+    """LoraTask with each example twice, with words and without."""
+
+
+def new_lora(
+    networks: Mapping[str, nn.Module], layers: Mapping[str, int], alpha: float | None
+) -> LoRA:
+    """Pairs beside some layers, {pattern: rank}."""
+    pairs: dict[str, Pair] = {}
+    for targets, rank in layers.items():
+        some = with_lora(networks, rank, alpha, targets)
+        some.detach()
+        pairs.update(some.items())
+    return LoRA(pairs).attach(networks)
+
+
+def make_task(args: argparse.Namespace, lesson: Lesson, pictures: Pictures) -> LoraTask:
+    """The model, frozen, with a new LoRA beside some of its layers."""
     dtype = torch.float32  # what is learned are small differences
     sd = StableDiffusion.load(args.model, args.device, dtype)
     for network in sd.networks().values():
         network.requires_grad_(False)
-    lora = with_lora({"unet": sd.unet}, args.rank, args.alpha, args.targets)
+    lora = new_lora({"unet": sd.unet}, lesson.layers, args.alpha)
     prior = None
-    if args.prior and sd.size == (SIZE, SIZE) and args.set != STYLE:
+    if lesson.prior and sd.size == (SIZE, SIZE):
         prior = encode_scenes(sd.vae, range(PRIOR)).float() * sd.vae.config.scale
-    return LoraTask(sd, lora, pictures, prior, args.prior)
+    kind = PairedLoraTask if lesson.paired else LoraTask
+    return kind(sd, lora, pictures, prior, lesson.prior)
 
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
@@ -164,57 +205,46 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         "minutes on one CPU core for the tiny model. What comes out is one small file, "
         "for --lora."
     )
+    add_picture_arguments(parser, SETS, RECIPE, "1e-4")
     add = parser.add_argument
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--pictures",
-        type=Path,
-        metavar="FOLDER",
-        help="your own: NAME.txt with a caption beside each NAME.png, or one "
-        "metadata.jsonl for all",
-    )
-    which.add_argument("--set", choices=SETS, help="one of ours")
     add("--to", type=Path, required=True, metavar="FILE",
         help="where the LoRA is written: a name that ends in .safetensors")  # fmt: skip
     add("--prompt", default="", metavar="TEXT", help="for pictures without a caption")
-    add("--model", default="checkpoints/tiny", metavar="PATH",
-        help="the model that learns (checkpoints/tiny)")  # fmt: skip
-    add("--rank", type=int, default=4, metavar="R", help="of the matrices (4)")
+    add("--rank", type=int, metavar="R", help="of the matrices (4)")
     add("--alpha", type=float, metavar="A", help="strength is A / rank (the rank)")
-    add("--targets", default=ATTENTION, metavar="PATTERN",
+    add("--targets", metavar="PATTERN",
         help="which layers change, by diffusers' names (all of attention)")  # fmt: skip
-    add("--steps", type=int, default=RECIPE.steps, metavar="N",
-        help=f"training steps ({RECIPE.steps})")  # fmt: skip
-    add("--lr", type=float, default=RECIPE.lr, metavar="RATE",
-        help=f"learning rate ({RECIPE.lr}; 1e-4 for SD 1.5)")  # fmt: skip
-    add("--batch", type=int, default=RECIPE.batch, metavar="B",
-        help=f"examples a step ({RECIPE.batch})")  # fmt: skip
-    add("--prior", type=float, default=0.2, metavar="SHARE",
+    add("--prior", type=float, metavar="SHARE",
         help="share of old scenes among them, for the tiny model (0.2)")  # fmt: skip
-    add("--device", metavar="NAME", help="cuda, mps or cpu (the first that is there)")
-    add_run_arguments(add)
+    add("--pairs", action="store_true",
+        help="learn each picture with its words and without, as the tiny model's last "
+        "stage did; use it for new words there, with twice the batch")  # fmt: skip
+
+
+def lesson_of(args: argparse.Namespace) -> Lesson:
+    """The set's lesson or the reader's own, changed as the arguments say."""
+    own = Lesson(partial(read_folder, args.pictures, args.prompt))
+    lesson: Lesson = SETS[args.set] if args.set else own
+    if args.rank is not None or args.targets is not None:
+        rank = LAYERS[ATTENTION] if args.rank is None else args.rank
+        lesson = lesson._replace(layers={args.targets or ATTENTION: rank})
+    if args.prior is not None:
+        lesson = lesson._replace(prior=args.prior)
+    paired, recipe = lesson.paired or args.pairs, asked(lesson.recipe, args)
+    return lesson._replace(paired=paired, recipe=recipe)
 
 
 def main(args: argparse.Namespace) -> None:
     """Train, or go on, and write the LoRA."""
     if args.to.suffix != ".safetensors":
         raise ValueError(f"{args.to} is no name for a LoRA: let it end in .safetensors")
-    if not 0 <= args.prior < 1:
-        raise ValueError(f"prior is {args.prior}; give a share from 0 to below 1")
+    lesson, folder = lesson_of(args), args.runs / f"lora-{args.to.stem}"
+    if not 0 <= lesson.prior < 1:
+        raise ValueError(f"prior is {lesson.prior}; give a share from 0 to below 1")
     check_writable(args.to)
-    pictures = SETS[args.set]() if args.set else read_folder(args.pictures, args.prompt)
-    recipe = replace(
-        RECIPE,
-        steps=args.steps,
-        lr=args.lr,
-        batch=args.batch,
-        cooldown=args.steps * RECIPE.cooldown // RECIPE.steps,
-    )
-    folder, make = (
-        args.runs / f"lora-{args.to.stem}",
-        partial(make_task, args, pictures),
-    )
-    trained = train_task("lora", make, recipe, folder, args.precision, PREVIEW_EVERY)
+    make = partial(make_task, args, lesson, lesson.pictures())
+    how = args.precision, PREVIEW_EVERY
+    trained = train_task("lora", make, lesson.recipe, folder, *how)
     task = trained if isinstance(trained, LoraTask) else make()
     if trained is None:  # all steps were done before
         task.load_state_dict(averaged_weights(folder / "state.pt"), strict=False)

@@ -6,13 +6,18 @@ metadata.jsonl for all, as the image folders on the hub have: a JSON object a li
 "file_name" and "text".
 """
 
+import argparse
 import json
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from sdlearn.disk import read_text
 from sdlearn.pictures import open_image
+from sdlearn.tiny.recipe import add_run_arguments
+from sdlearn.training import Recipe
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp")
 TABLES = ("metadata.jsonl", "captions.jsonl")
@@ -86,3 +91,36 @@ def read_line(line: str, where: str) -> tuple[str, str]:
             "write it so"
         )
     return row["file_name"], caption
+
+
+def add_picture_arguments(
+    parser: argparse.ArgumentParser, sets: Collection[str], recipe: Recipe, usual: str
+) -> None:
+    """What all trainings on a few pictures take; a choice of these is required.
+
+    usual: the learning rate for SD 1.5.
+    """
+    which, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
+    which.add_argument("--pictures", type=Path, metavar="FOLDER",
+        help="your own: NAME.txt with a caption beside each NAME.png, or one "
+        "metadata.jsonl for all")  # fmt: skip
+    which.add_argument("--set", choices=sets, help="one of ours")
+    add("--model", default="checkpoints/tiny", metavar="PATH",
+        help="the model that learns (checkpoints/tiny)")  # fmt: skip
+    add("--steps", type=int, metavar="N",
+        help=f"training steps ({recipe.steps})")  # fmt: skip
+    add("--lr", type=float, metavar="RATE",
+        help=f"learning rate ({recipe.lr}; {usual} for SD 1.5)")  # fmt: skip
+    add("--batch", type=int, metavar="B",
+        help=f"of these pictures, examples a step ({recipe.batch})")  # fmt: skip
+    add("--device", metavar="NAME", help="cuda, mps or cpu (the first that is there)")
+    add_run_arguments(add)
+
+
+def asked(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+    """The recipe with the steps, rate and batch that the arguments name; it cools down
+    for the same share of its length."""
+    given = {name: getattr(args, name) for name in ("steps", "lr", "batch")}
+    told = {name: value for name, value in given.items() if value is not None}
+    cooldown = told.get("steps", recipe.steps) * recipe.cooldown // recipe.steps
+    return replace(recipe, cooldown=cooldown, **told)

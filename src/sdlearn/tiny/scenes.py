@@ -102,7 +102,7 @@ def rasterise(
 @cache
 def drawing_svg(name: str, colour: str | None) -> str:
     """The SVG source of a drawing, recoloured and cropped to its ink."""
-    own = (OWN_COLOURS.get(name),)
+    own = (OWN_COLOURS.get(name, name),)  # or any other emoji
     emoji_name, *fills = RECOLOURED.get(name, own)
     character = emoji.emojize(f":{emoji_name}:").rstrip("\ufe0f")
     svg = (get_openmoji_svg_data() / f"{ord(character):X}.svg").read_text("utf-8")

@@ -56,7 +56,7 @@ def family(kind: str, prediction: Prediction = EPSILON, schedule: Schedule | Non
         if config is not None:
             if not clip and part.startswith("text"):
                 words = len(networks[part.replace("text_encoder", "tokenizer")])
-                config = replace(config, vocab=words)
+                config = replace(config, vocab=words, end=words - 1)
             networks[part] = fill(empty(make, config), dice, torch.float32)
     with torch.no_grad():
         networks["vae"].decoder.conv_out.weight *= 8

@@ -31,7 +31,7 @@ from sdlearn.tiny.evaluate import (
 from sdlearn.tiny.judge import Judge
 from sdlearn.tiny.scenes import RELATIONS, parse, split_of
 from sdlearn.tiny.tasks import to_tensor
-from sdlearn.unet import UNet
+from sdlearn.unet import UNet, UNetConfig
 
 TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
 
@@ -218,7 +218,7 @@ class Listener(torch.nn.Module):
 
     def __init__(self, deaf):
         super().__init__()
-        self.deaf, self.calls = deaf, 0
+        self.deaf, self.calls, self.config = deaf, 0, UNetConfig()
 
     def forward(self, latents, t, context):
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))

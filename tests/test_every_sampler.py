@@ -78,9 +78,10 @@ def test_few_steps_end_somewhere(name):
         assert (latents - MEAN).abs().max() < (50 if carries_noise else 6), (spacing, n)
 
 
-@pytest.mark.parametrize("name", NOISY)
+@pytest.mark.parametrize("name", [name for name in NOISY if name != "lcm"])
 def test_noise_leaves_the_pictures_as_different_as_they_are(name):
-    """Twice the noise, or none where it is needed, would show in the spread."""
+    """Twice the noise, or none where it is needed, would show in the spread. lcm is for networks that see the end of
+    the line, and not, as this one does, the mean of all ends."""
     drawn = walk(name, n=60, spacing="exponential", shape=(40, 4, 8, 8), eta=1.0)[-1].latents
     assert abs(drawn.mean() - MEAN) < 0.02
     assert abs(drawn.std() / SPREAD - 1) < 0.06
@@ -93,7 +94,7 @@ def test_without_noise_every_sampler_ends_near_the_exact_flow(name):
     start = torch.linspace(-2, 2, 9).view(9, 1, 1, 1)
     *_, last = sample(cloud("epsilon"), start, levels, name, eta=0.0)
     far = (last.latents - exact_end(start, levels)).abs().max()
-    assert far < (0.06 if sampler.better.__name__ == "euler" else 0.006)
+    assert far < (0.06 if sampler.better.__name__ in ("euler", "lcm") else 0.006)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -300,6 +300,10 @@ controlnet.ControlNet.of | diffusers.ControlNetModel.from_unet | | | 16
 controlnet.HintPyramid | diffusers.models.controlnets.controlnet.ControlNetConditioningEmbedding | | | 16
 controlnet.zero | diffusers.models.controlnets.controlnet.zero_module | `zero_module` | $\mathcal Z$ | 16
 controlnet.Control | diffusers.StableDiffusionControlNetPipeline.__call__(control_guidance_start) | | | 16
+lcm.guidance_embedding | diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding | | $w$ | 18
+samplers.lcm | diffusers.LCMScheduler.step | | $f_\theta$ | 18
+samplers.boundary | diffusers.LCMScheduler.get_scalings_for_boundary_condition_discrete | | $c_\text{out}$ | 18
+samplers.lcm_levels | diffusers.LCMScheduler.set_timesteps | | | 18
 pipeline.StableDiffusion | diffusers.StableDiffusionPipeline | `LatentDiffusion` | | 12
 pipeline.StableDiffusion.img2img | diffusers.StableDiffusionImg2ImgPipeline | `scripts/img2img.py` | | 12
 inversion.add_embedding | diffusers.StableDiffusionPipeline.load_textual_inversion | | $v^*$ | 15
@@ -343,6 +347,7 @@ unet.UNetConfig.blocks | layers_per_block | `num_res_blocks` | | 07
 unet.UNetConfig.context_width | cross_attention_dim | `context_dim` | $d_\tau$ | 07
 unet.UNetConfig.in_channels | in_channels | `in_channels` | | 07
 unet.UNetConfig.groups | norm_num_groups | |  | 07
+unet.UNetConfig.guidance_width | time_cond_proj_dim | | | 18
 vae.VAEConfig.channels | block_out_channels | `ch`, `ch_mult` | | 05
 vae.VAEConfig.blocks | layers_per_block | `num_res_blocks` | | 05
 vae.VAEConfig.latent_channels | latent_channels | `z_channels` | $c$ | 05

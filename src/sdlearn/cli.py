@@ -103,9 +103,9 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
     """The fields of a `Request`. listed: list the samplers, which imports torch."""
     add = parser.add_argument
     add("--negative-prompt", default="", metavar="TEXT", help="what must not be there")
-    add("--steps", type=int, default=50, metavar="N", help="denoising steps (50)")
-    add("--cfg-scale", type=float, default=7.5, metavar="S",
-        help="how much the prompt counts (7.5)")  # fmt: skip
+    add("--steps", type=int, metavar="N", help="denoising steps (50; 4 for lcm)")
+    add("--cfg-scale", type=float, metavar="S",
+        help="how much the prompt counts (7.5; 1 for an LCM-LoRA)")  # fmt: skip
     add("--sampler", default="ddpm", metavar="NAME", help="ddpm (the default) ...")
     add("--spacing", metavar="NAME", help="which noise levels it visits (the model's)")
     add("--eta", type=float, metavar="E", help="how much fresh noise (the sampler's)")
@@ -323,6 +323,9 @@ def request_of(args: argparse.Namespace) -> Request:
 
     names = {"image", *Settings.__annotations__}
     given = {name: value for name, value in vars(args).items() if name in names}
+    few = args.sampler == "lcm"
+    usual = {"steps": 4 if few else 50, "cfg_scale": 1.0 if few else 7.5}
+    given |= {name: x for name, x in usual.items() if given[name] is None}
     if args.command == "inpaint":
         given |= hole_of(args)
     given["extras"] = [*given.get("extras", ()), *words_told(args)]
@@ -553,6 +556,16 @@ def save_all(
     return paths
 
 
+def say_advice(request: Request, hears: bool, changed: bool) -> None:
+    """What to expect of few steps with these weights."""
+    from sdlearn.lcm import advice
+
+    negative = any(request.negative_prompt)
+    how = request.sampler, request.cfg_scale, negative, hears, changed
+    for line in advice(*how):
+        say(f"sdlearn: {line}")
+
+
 def run_drawing(args: argparse.Namespace) -> None:
     """`sdlearn txt2img`, `sdlearn img2img` and `sdlearn inpaint`."""
     write_tags(args)
@@ -560,7 +573,8 @@ def run_drawing(args: argparse.Namespace) -> None:
     check_output(args.output, told.count)
     words, extras = read_words(args), [*told.extras, *told_of(args)]
     told = replace(told, extras=extras, control=controls_of(args))
-    load = partial(load_base, args, take_tags(args), words)
+    loras = take_tags(args)
+    load = partial(load_base, args, loras, words)
     request = replace(told, prompt=args.prompt)  # `told` is for the pictures' files
     label = f"{args.command}, seed {request.seed[0]}"
     if args.refiner:
@@ -568,6 +582,10 @@ def run_drawing(args: argparse.Namespace) -> None:
         told = replace(told, extras=[*told.extras, part])
     else:
         sd = load()
+        hears = bool(sd.unet.config.guidance_width)
+        if hears and args.cfg_scale is None:
+            told, request = (replace(x, cfg_scale=7.5) for x in (told, request))
+        say_advice(request, hears, bool(loras))
         pictures = draw(sd, request, label)
     for path in save_all(sd, told, pictures, args.output, args.command):
         say(path, sys.stdout)
@@ -583,7 +601,8 @@ REPAINT = "a green apple on a yellow background"
 EXCHANGE = "a yellow star above a penguin"  # the lower half of the third
 FILL = "a yellow apple on a green background"
 IN_INK = "a fox on a yellow background"
-BESIDE = ("controlnet-edges", "lora/ink.safetensors")  # in the model's folder
+# In the model's folder.
+BESIDE = ("controlnet-edges", "lora/ink.safetensors", "lora/lcm.safetensors")
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -608,7 +627,7 @@ def run_demo(args: argparse.Namespace) -> None:
             f"output {args.output} is a file name, but the demo writes several "
             "pictures: give a folder"
         )
-    check_output(args.output, 8)
+    check_output(args.output, 11)
     with stage("loading the model, with PyTorch"):
         from sdlearn.request import Request
 
@@ -629,7 +648,7 @@ def run_demo(args: argparse.Namespace) -> None:
         how = {"strength": 1.0, "steps": 20, "sampler": "ddim", "seed": 4}
         how["extras"] = [Inpaint(mask)]
         draw_stage(Request(EXCHANGE, image=star, **how), "inpaint")
-    net, lora = (Path(find_model(args.model)) / name for name in BESIDE)
+    net, lora, lcm = (Path(find_model(args.model)) / name for name in BESIDE)
     how = {"steps": 12, "sampler": "dpmpp_2m", "spacing": "karras", "seed": 5}
     if net.is_dir():
         with stage("a ControlNet fills the outlines of the first picture"):
@@ -644,6 +663,13 @@ def run_demo(args: argparse.Namespace) -> None:
             merge(sd.networks(), (load_lora(lora, sd.networks()), 1.0))
             how["control"] = []
             draw_stage(Request(IN_INK, **how), "lora")
+    if lcm.is_file():
+        with stage("an LCM-LoRA draws three prompts again, in 4 steps"):
+            from sdlearn.lora import load_lora, merge
+
+            merge(sd.networks(), (load_lora(lcm, sd.networks()), 1.0))
+            how = {"steps": 4, "sampler": "lcm", "cfg_scale": 1.0, "seed": 2}
+            draw_stage(Request(DEMO[1:], **how), "txt2img")
     say("\n  ".join(["written:", *map(str, written)]), sys.stdout)
 
 

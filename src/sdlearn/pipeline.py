@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sdlearn.checkpoint.load import Parts, check_texts, is_fast, kept, load, save
 from sdlearn.guidance import Conditioning, Guided
 from sdlearn.inpaint import Inpaint
+from sdlearn.lcm import told_guidance
 from sdlearn.pictures import to_image, to_tensor
 from sdlearn.prediction import EPSILON, Prediction
 from sdlearn.request import LARGEST, Request, Settings, Setup, picture
@@ -214,11 +215,13 @@ class StableDiffusion:
     def network(self, request: Request) -> Callable[..., Tensor]:
         """(latents (B,4,h,w), t (B,), **conditioning) -> the U-Net's answer, float32.
 
-        The place to wrap the U-Net.
+        The place to wrap the U-Net. One that is told its guidance is told it here.
         """
+        told = told_guidance(self.unet.config, request.cfg_scale, self.device)
 
         @torch.no_grad()
         def answer(latents: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
+            conditioning |= told
             return self.use("unet")(latents.to(self.dtype), t, **conditioning).float()
 
         return answer
@@ -231,7 +234,8 @@ class StableDiffusion:
             each //= len(prompts)
             return {name: x.repeat_interleave(each, 0) for name, x in found.items()}
 
-        guided = request.cfg_scale > 1
+        hears = self.unet.config.guidance_width  # then it needs no second half
+        guided = request.cfg_scale > 1 and not hears
         uncond = encode(request.negative_prompt) if guided else None
         told = encode(request.prompt), uncond
         return self.told_xl(request, *told) if self.unet.config.added else told
@@ -246,13 +250,16 @@ class StableDiffusion:
         cond, uncond = told or self.told(request)
         how = request.rescale, request.guided_times, request.two_passes
         network = network or self.network(request)
-        return Guided(network, cond, uncond, request.cfg_scale, *how)
+        scale = 1.0 if uncond is None else request.cfg_scale
+        return Guided(network, cond, uncond, scale, *how)
 
     def levels(self, request: Request) -> list[Level]:
         """Where the latents pass; with a picture, only the last part of the way."""
-        clean = SAMPLERS[request.sampler].clean
-        levels = self.schedule.levels(request.steps, request.spacing, clean)
-        return levels if request.image is None else keep(levels, request.strength)
+        strength = 1.0 if request.image is None else request.strength
+        sampler, n, spacing = SAMPLERS[request.sampler], request.steps, request.spacing
+        if sampler.levels and spacing is None:
+            return sampler.levels(self.schedule, n, strength)
+        return keep(self.schedule.levels(n, spacing, sampler.clean), strength)
 
     def set_up(self, request: Request) -> Setup:
         """What a request asks for, and then what its extras make of it."""

@@ -1,5 +1,5 @@
 """Noise -> picture, level after level: one loop, and what each sampler aims at.
-Exported from book/08_ddpm.ipynb and book/13_samplers.ipynb
+Exported from book/08_ddpm.ipynb, book/13_samplers.ipynb and book/18_lcm.ipynb
 by `make export`; edit it there.
 
 Chapters 08 and 13.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sdlearn.prediction import EPSILON, Prediction
-from sdlearn.schedule import Level, Schedule
+from sdlearn.schedule import CLEAN, Level, Schedule, is_whole
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ class Sampler:
     clean: it ends at the clean picture, else where the schedule says.
     label: its name in other programs' pictures. about: one line for a list.
     correct: past -> the latents here, once more, now that it has seen this level.
+    leg: start, end, eta -> how much of the noise it keeps, how much is fresh.
+    levels: schedule, n, strength -> levels of its own, where it needs them.
     """
 
     better: Better
@@ -100,6 +102,8 @@ class Sampler:
     eta: float | None = 0.0
     clean: bool = True
     correct: Callable[[list[Point]], Tensor] | None = None
+    leg: Callable[[float, float, float], Leg] = Leg.of
+    levels: Callable[[Schedule, int, float], list[Level]] | None = None
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -231,7 +235,7 @@ def walk(
             there = go(here, x0, leg, level, noise)
             return Point(level, there, denoise(there, level))
 
-        leg = Leg.of(start.ratio, end.ratio, eta)
+        leg = sampler.leg(start.ratio, end.ratio, eta)
         x0 = sampler.better(past, leg, look) if leg.end < leg.start else guess
         xt = go(past[0], x0, leg, end, noise)
         xt = after(xt, end) if after else xt
@@ -446,4 +450,58 @@ SAMPLERS |= {
     "unipc": Sampler(
         dpmpp_2m, "UniPC", "2M that mends its last step", eta=None, correct=unipc
     ),
+}
+
+
+def boundary(t: float) -> tuple[float, float]:
+    """How much of xt stays at a time, and how much of the guess comes in.
+
+    (0, 1) but for the last few times; (1, 0) at t = 0, where xt is the picture itself
+    (Luo et al. 2023, section 4.1; they scale the time by 10, and data have 0.5).
+    """
+    scaled = 10 * t
+    return 0.25 / (scaled**2 + 0.25), scaled / math.sqrt(scaled**2 + 0.25)
+
+
+def lcm(past: list[Point], leg: Leg, look: Look) -> Tensor:
+    """Aim at the end of the line, which a consistency model sees from everywhere."""
+    stays, comes = boundary(past[0].level.t)
+    return stays * past[0].xt + comes * past[0].x0
+
+
+def afresh(start: float, end: float, eta: float) -> Leg:
+    """A leg that leaves the old noise behind: with eta 1 all noise is fresh, with 0
+    none is (Song et al. 2023, algorithm 1)."""
+    return Leg(start, end, end * math.sqrt(1 - eta**2), end * eta)
+
+
+LCM_TIMES = 50  # that LCMs are trained at: 999, 979 ... 19
+
+
+def lcm_levels(schedule: Schedule, n: int, strength: float = 1.0) -> list[Level]:
+    """n of the 50 times of training, spread evenly, noisiest first; and the picture.
+
+    Below strength 1 they are of the last of the 50: all n are visited, from less noise.
+    """
+    times = np.arange(1, int(LCM_TIMES * strength) + 1)
+    times = times * (schedule.steps // LCM_TIMES) - 1
+    if not is_whole(n, 1, len(times)):
+        of = f"up to {len(times)}" if len(times) else "with a larger strength"
+        raise ValueError(
+            f"{n!r} steps of the sampler lcm at strength {strength:g}: take a whole "
+            f"number, {of}; 4 are usual"
+        )
+    chosen = np.linspace(0, len(times), int(n), endpoint=False).astype(int)
+    return [*(schedule.at(float(t)) for t in times[::-1][chosen]), CLEAN]
+
+
+SAMPLERS |= {
+    "lcm": Sampler(
+        lcm,
+        "LCM",
+        "1 to 8 steps, for models made for it; without guidance",
+        eta=1.0,
+        leg=afresh,
+        levels=lcm_levels,
+    )
 }

@@ -32,15 +32,27 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> T
 class TimeEmbedding(nn.Module):
     """Two linear layers on the sinusoids: (B,) -> (B, time_width).
 
-    In SD 1.5 the widths are 320 and 1280.
+    In SD 1.5 the widths are 320 and 1280. A model that is told its guidance (chapter
+    18) adds a vector of guidance_width to the sinusoids.
     """
 
-    def __init__(self, width: int, time_width: int):
+    def __init__(self, width: int, time_width: int, guidance_width: int = 0):
         super().__init__()
         self.width = width
         self.linear_1 = nn.Linear(width, time_width)
         self.linear_2 = nn.Linear(time_width, time_width)
+        self.cond_proj: nn.Linear | None = None
+        if guidance_width:
+            self.cond_proj = nn.Linear(guidance_width, width, bias=False)
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, guidance: Tensor | None = None) -> Tensor:
         sinusoids = timestep_embedding(t, self.width).to(self.linear_1.weight.dtype)
+        if (guidance is None) != (self.cond_proj is None):
+            what = "needs" if guidance is None else "takes no"
+            raise ValueError(
+                f"this U-Net {what} guidance as an input: a latent consistency model "
+                "is told it, others are guided from outside"
+            )
+        if self.cond_proj is not None and guidance is not None:  # (B, guidance_width)
+            sinusoids = sinusoids + self.cond_proj(guidance.to(sinusoids))
         return self.linear_2(F.silu(self.linear_1(sinusoids)))  # (B, E)

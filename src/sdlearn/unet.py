@@ -35,6 +35,7 @@ class UNetConfig:
     linear: bool = False  # SD 2: transformers begin and end with Linear
     added: int = 0  # SDXL: width of the pooled text and of the ids' waves together
     zeros: bool = False  # SDXL: trained with zeros, not with "", for no prompt
+    guidance_width: int = 0  # LCM: of the vector that tells it its guidance
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "depth", self.depth or (1,) * len(self.channels))
@@ -194,7 +195,9 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         channels, levels = config.channels, len(config.channels)
-        self.time_embedding = TimeEmbedding(channels[0], config.time_width)
+        self.time_embedding = TimeEmbedding(
+            channels[0], config.time_width, config.guidance_width
+        )
         if config.added:
             self.add_embedding = AddedEmbedding(config.added, config.time_width)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
@@ -226,16 +229,17 @@ class UNet(nn.Module):
         residuals: Sequence[Tensor] | None = None,
         pooled: Tensor | None = None,
         ids: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """latents (B, 4, h, w), t (B,) or one, context (B, S, D) -> (B, 4, h, w).
 
         residuals: what a second network adds, one map for each that is kept on the way
         down, in order, and one for the middle. pooled (B, P), ids (B, N): what SDXL is
-        told beside the words.
+        told beside the words. guidance (B, guidance_width): where it is told that.
         """
         self.check(latents, context, pooled, ids)
         t = torch.as_tensor(t, device=latents.device).expand(len(latents))
-        time = self.time_embedding(t)  # (B, E)
+        time = self.time_embedding(t, guidance)  # (B, E)
         if pooled is not None and ids is not None:
             time = time + self.add_embedding(pooled, ids)
         x = self.conv_in(latents)

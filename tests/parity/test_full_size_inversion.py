@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 def test_at_full_size(tmp_path, count):
     """CLIP's own vocabulary and the sizes of SD 1.5, random weights; A1111's form."""
     text = fill(empty(CLIPTextEncoder, CLIPTextConfig()), torch.Generator().manual_seed(0), torch.float32)
-    sd = SimpleNamespace(tokenizer=Tokenizer.clip(), text_encoder=text)
+    sd = SimpleNamespace(tokenizer=Tokenizer.clip(), text_encoder=text, parts={})
     weights = {"config.json": json_writer(text_to_json(text.config)), "model.safetensors": tensor_writer(named(text))}
     write_files({tmp_path / name: write for name, write in weights.items()})
     sd.tokenizer.save(tmp_path / "tokenizer")

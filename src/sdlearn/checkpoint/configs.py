@@ -18,7 +18,7 @@ from sdlearn.vae import VAEConfig
 # What our classes always do. A file that says otherwise is another model.
 NOTHING = (  # what is absent in our U-Net
     "class_embed_type num_class_embeds encoder_hid_dim "
-    "encoder_hid_dim_type time_cond_proj_dim mid_block_only_cross_attention "
+    "encoder_hid_dim_type mid_block_only_cross_attention "
     "cross_attention_norm time_embedding_dim time_embedding_act_fn timestep_post_act "
     "reverse_transformer_layers_per_block"
 )
@@ -49,6 +49,7 @@ CLIP_ALWAYS = {"layer_norm_eps": 1e-5}
 GELUS = "quick_gelu", "gelu"  # of CLIP, and of OpenCLIP
 TOWER_ALWAYS = CLIP_ALWAYS | {"hidden_act": GELUS[0]}
 SCHEDULE_ALWAYS = {"thresholding": False}
+LCM_ALWAYS = {"original_inference_steps": 50, "timestep_scaling": 10.0}
 
 
 BOTH = {"layers_per_block": "blocks", "norm_num_groups": "groups"}  # theirs -> ours
@@ -67,12 +68,12 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "text encoder": (CLIP_ALWAYS, TEXT_SIZES),
     "image tower": (TOWER_ALWAYS, IMAGE_SIZES),
     "scheduler": (SCHEDULE_ALWAYS, {}),
+    "LCM scheduler": (LCM_ALWAYS, {}),
 }
 UNSAID = {"norm_num_groups": 32, "num_train_timesteps": 1000}
 SAME = {"swish": "silu"}  # two names of one function
 HINTS = {  # what a file with such a key probably is
-    "time_cond_proj_dim": "this is a latent consistency model",
-    "hidden_act": "this is the image tower of an OpenCLIP",
+    "hidden_act": "this is the image tower of an OpenCLIP"
 }
 LARGEST = 2**20  # of any size in a file
 
@@ -187,6 +188,8 @@ def unet_from_json(content: Mapping) -> UNetConfig:
     heads = numbers(content, key or "attention_head_dim", "unet", len(channels))
     for width, count in zip(channels, heads, strict=True):
         check_split("unet", width, count, "heads")
+    if content.get("time_cond_proj_dim") is not None:  # it is told its guidance
+        sizes["guidance_width"] = number(content, "time_cond_proj_dim", "unet")
     key = "transformer_layers_per_block"
     return UNetConfig(
         channels,
@@ -235,6 +238,7 @@ def unet_to_json(config: UNetConfig, sample_size: int | list[int]) -> dict:
         "up_block_types": mirrored(down),
         "block_out_channels": list(config.channels),
         "attention_head_dim": list(config.heads),
+        "time_cond_proj_dim": config.guidance_width or None,
         "transformer_layers_per_block": one(list(config.depth)),
         "use_linear_projection": config.linear,
         "addition_embed_type": "text_time" if config.added else None,
@@ -408,6 +412,8 @@ def schedule_from_json(content: Mapping) -> tuple[Schedule, Prediction]:
     """
     read(content, "scheduler")
     sampler = str(content.get("_class_name", ""))
+    if sampler == "LCMScheduler":
+        read(content, "LCM scheduler")
     if sampler == "DDPMScheduler":
         small = ("fixed_small", "fixed_small_log")
         choose(content, "variance_type", small, "fixed_small")

@@ -99,6 +99,7 @@ def ldm_unet_rules(blocks: int, attention: Sequence[bool]) -> Rules:
         twice(r"^middle\.resnets\.(\d)", "middle_block", 0),
         (r"^middle\.attention", "middle_block.1"),
         twice(r"^time_embedding\.linear_(\d)", "time_embed", 1),
+        (r"^time_embedding\.cond_proj", "time_embed.cond_proj"),
         twice(r"^add_embedding\.linear_(\d)", "label_emb.0", 1),
         (r"^conv_in", "input_blocks.0.0"),
         (r"^conv_norm_out", "out.0"),
@@ -237,6 +238,12 @@ CHANNELS = {5: "depth", 7: "an upscaler", 8: "instruct-pix2pix", 9: "inpainting"
 FIRST = ("model.diffusion_model.input_blocks.0.0", "input_blocks.0.0", "conv_in")
 
 
+def guidance_width(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """How wide the vector is that tells a U-Net its guidance; 0: it is not told."""
+    named = (x for name, (_, x) in entries.items() if name.endswith("cond_proj.weight"))
+    return next((shape[1] for shape in named if len(shape) == 2), 0)
+
+
 def variant(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
     """What a U-Net was made for, if not for noisy latents, time and text alone.
 
@@ -245,7 +252,7 @@ def variant(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
     first = next((f"{x}.weight" for x in FIRST if f"{x}.weight" in entries), None)
     shape = entries[first][1] if first else ()
     channels = shape[1] if len(shape) == 4 else 4
-    if any(name.endswith("cond_proj.weight") for name in entries):
+    if guidance_width(entries):
         return "latent consistency (LCM)"
     return "" if channels == 4 else CHANNELS.get(channels, f"{channels} channels")
 

@@ -145,7 +145,8 @@ def judged(report: Report, whole: bool) -> Report:
             how = 'img2img "..." --image FILE'
         if is_fast(found.schedule, found.prediction or EPSILON):  # SDXL-Turbo, say
             how += " --steps 4 --cfg-scale 1 --sampler euler_a"
-        report.can = f"sdlearn {how} --model {quote(report.path)}"
+        few = " --sampler lcm" * bool(config.guidance_width)
+        report.can = f"sdlearn {how} --model {quote(report.path)}{few}"
     except ValueError as error:
         report.but.append(str(error))
     return report
@@ -188,7 +189,8 @@ def judge_lora(report: Report, tensors: Tensors) -> None:
             )
         tiny = width_of(tensors.entries) == TINY
         model = "" if tiny else " --model MODEL"
-        report.can = f'sdlearn txt2img "..." --lora {quote(report.path)}{model}'
+        few = " --sampler lcm" * ("lcm" in Path(report.path).name.lower())
+        report.can = f'sdlearn txt2img "..." --lora {quote(report.path)}{model}{few}'
         if not family and not tiny:
             report.but.append("its names do not say for which model it is")
     except ValueError as error:

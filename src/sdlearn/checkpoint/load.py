@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sdlearn.checkpoint.configs import (
+    LCM_ALWAYS,
     clip_from_json,
     clip_to_json,
     sample_size,
@@ -40,6 +41,7 @@ from sdlearn.checkpoint.dialects import (
     averaged_name,
     called,
     clip_name,
+    guidance_width,
     ldm_unet_rules,
     ldm_vae_rules,
     placed,
@@ -380,7 +382,8 @@ def plan_folder(folder: Path, vae: str | Path | None) -> Plan:
     index = read_index(folder)
     kind = str(index.get("_class_name"))
     find_parts(folder, index)  # complains if one is missing
-    if not kind.startswith("StableDiffusion") or "3" in kind:
+    good = kind.startswith(("StableDiffusion", "LatentConsistency"))
+    if not good or "3" in kind:
         raise ValueError(
             f"{folder} is a {clean(kind)}, but a StableDiffusionPipeline or a "
             "StableDiffusionXLPipeline is wanted"
@@ -437,7 +440,8 @@ def plan_file(
     tensors = read_tensors(path)
     refuse_foreign(tensors)
     kind, special = recognise(tensors), variant(tensors.entries)
-    if kind not in SIZES or special not in ("", "inpainting"):
+    hears = guidance_width(tensors.entries)
+    if kind not in SIZES or special not in ("", "inpainting") and not hears:
         what = called(kind) + (f" for {special}" if special else "")
         raise ValueError(
             f"{path} is {what}, but a whole checkpoint of SD 1, SD 2 or SDXL is wanted"
@@ -459,7 +463,9 @@ def plan_file(
                 f"plain {kind} checkpoint"
             )
     sizes = sizes or SIZES[kind]
-    if special:  # a U-Net that also sees a mask and the rest of the picture
+    if hears:  # a latent consistency model
+        sizes = sizes._replace(unet=replace(sizes.unet, guidance_width=hears))
+    elif special:  # a U-Net that also sees a mask and the rest of the picture
         channels = 2 * sizes.vae.latent_channels + 1
         sizes = sizes._replace(unet=replace(sizes.unet, in_channels=channels))
     networks = {}
@@ -737,7 +743,11 @@ def index_of(parts: Parts) -> dict[str, Any]:
     refiner = "text_encoder" not in parts.networks
     use = ("Img2Img" if refiner else "") if plain else "Inpaint"
     name = f"StableDiffusion{'XL' if unet.added else ''}{use}Pipeline"
-    found = {"_class_name": name} | INDEX
+    found: dict[str, Any] = {"_class_name": name} | INDEX
+    if unet.guidance_width:  # a latent consistency model
+        found["scheduler"] = ["diffusers", "LCMScheduler"]
+        if not unet.added:
+            found["_class_name"] = "LatentConsistencyModelPipeline"
     if not unet.added:
         return found
     found = {name: x for name, x in found.items() if "safety" not in name}
@@ -762,6 +772,8 @@ def folder_writers(
     height, width = (side // factor for side in parts.size)
     size = height if height == width else [height, width]
     schedule = schedule_to_json(parts.schedule, parts.prediction)
+    if unet.config.guidance_width:
+        schedule |= {"_class_name": "LCMScheduler"} | LCM_ALWAYS
     contents = {
         "vae/config": vae_to_json(vae.config, max(parts.size)),
         "unet/config": unet_to_json(unet.config, size),

@@ -45,7 +45,7 @@ LAYERS = {ATTENTION: 4}  # which layers change, and the rank of their pairs
 PRIOR = 512  # old scenes that keep what was known
 PREVIEW_EVERY = 100  # steps
 WORD, STYLE = "unicorn", "ink"  # no object of the scenes is called so
-UNSHOWN = ("blue", "purple"), OBJECTS[::5]  # backgrounds and neighbours left out
+UNSHOWN = ("blue", "purple"), OBJECTS[::2]  # backgrounds and neighbours left out
 Pictures = Sequence[tuple[Image.Image, str]]
 
 
@@ -114,11 +114,10 @@ class Lesson(NamedTuple):
 SETS = {
     # a new outline is drawn by convolutions; attention alone only finds its place
     WORD: Lesson(
-        partial(unicorns, alone=40, pairs=120),
-        replace(RECIPE, steps=1600, batch=16, lr=4e-3, cooldown=800),
-        {r"attn\d\.to_|ff\.net": 2, r"conv1|conv2|conv_shortcut|samplers": 1},
+        partial(unicorns, alone=40, pairs=80),
+        replace(RECIPE, steps=2600, batch=16, lr=4e-3, cooldown=1300),
+        {r"unet\.(up_blocks|mid_block).*(attn\d\.to_|ff\.net|conv1|conv2)": 2},
         paired=True,
-        prior=0.25,
     ),
     STYLE: Lesson(drawings, replace(RECIPE, steps=600, cooldown=337), prior=0.0),
 }

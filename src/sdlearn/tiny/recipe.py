@@ -353,6 +353,7 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     "dreambooth": ("sdlearn.tiny.inversion", "the U-Net: a few pictures, a rare word"),
     "controlnet": ("sdlearn.tiny.controlnet", "a ControlNet: edges, scribbles, boxes"),
     "crops": ("sdlearn.tiny.crops", "six ids: how a picture was cropped"),
+    "lcm": ("sdlearn.tiny.consistency", "a LoRA: pictures in 4, 2 or 1 steps"),
 }
 
 

@@ -461,7 +461,7 @@ def load_base(
     args: argparse.Namespace, loras: list[tuple[Path, float]], words: list[Embedding]
 ) -> StableDiffusion:
     """The model, with the LoRAs merged into it and the words added."""
-    from sdlearn.speed import speed_up
+    from sdlearn.speed import keep_memory, speed_up
 
     sd = load_model(args)
     if loras:
@@ -473,7 +473,9 @@ def load_base(
         from sdlearn.inversion import add_embedding
 
         add_embedding(sd, word)
-    return speed_up(sd, int8=args.int8)  # last: 8-bit weights cannot be changed
+    speed_up(sd, int8=args.int8)  # last: 8-bit weights cannot be changed
+    keep_memory()  # the weights are there; from now on maps come and go
+    return sd
 
 
 def refine(

@@ -2,7 +2,9 @@
 Exported from book/19_speed.ipynb by `make export`; edit it there.
 """
 
+import ctypes
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from functools import cache
@@ -154,6 +156,18 @@ def tiled(
             total[i : i + h, j : j + w] += counts
     assert y is not None  # there is one tile at least
     return y.div_(total)
+
+
+def keep_memory() -> None:
+    """Let this process keep what it frees, for its next maps, where the C library is
+    glibc; elsewhere nothing happens.
+
+    Its page faults become fewer, and it ends with the most memory that it ever had.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "mallopt"):
+        library.mallopt(-4, 0)  # M_MMAP_MAX: no request gets a piece of its own
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
 def faster(network: nn.Module, sliced: bool | None = None) -> nn.Module:

@@ -28,7 +28,7 @@ from sdlearn.disk import write_files
 from sdlearn.lora import load_lora, merge
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.reuse import Reuse
-from sdlearn.speed import speed_up
+from sdlearn.speed import keep_memory, speed_up
 from sdlearn.tiny.difference import fingerprint
 from sdlearn.tiny.evaluate import ROWS, fresh_scenes, judged
 from sdlearn.tiny.judge import load_judge
@@ -141,4 +141,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    keep_memory()
     main()

@@ -1,6 +1,6 @@
 """The measured table of chapter 19: what cheaper steps cost, on the tiny model, as the judge sees it.
 
-    python tools/speed_table.py                 all that is missing or no longer true (about 20 minutes of one core)
+    python tools/speed_table.py                 all that is missing or no longer true (12 minutes of one core)
     python tools/speed_table.py --rows reuse    only the rows whose name holds a word
     python tools/speed_table.py --lora FILE     the rows of latent consistency with this LoRA, not the shipped one
 
@@ -28,7 +28,7 @@ from sdlearn.disk import write_files
 from sdlearn.lora import load_lora, merge
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.reuse import Reuse
-from sdlearn.speed import keep_memory, speed_up
+from sdlearn.speed import keep_memory
 from sdlearn.tiny.difference import fingerprint
 from sdlearn.tiny.evaluate import ROWS, fresh_scenes, judged
 from sdlearn.tiny.judge import load_judge
@@ -38,23 +38,24 @@ MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
 TABLE = MODEL / "history" / "speed.json"
 LCM = MODEL / "lora" / "lcm.safetensors"
 SEED, CHUNK = 19, 20
-SOME, MANY = 80, 160  # prompts: of a row, and of one that decides about a default
+SOME, MANY = 60, 120  # prompts: of a row, and of one that decides about a default
 CHOSEN: dict[str, dict[str, Any]] = {
-    "ddpm 50": {"sampler": "ddpm", "steps": 50},
-    "ddpm 50, reuse": {"sampler": "ddpm", "steps": 50, "reuse": {}},
     "ddim 20": {"sampler": "ddim", "steps": 20},
-    "ddim 20, reuse": {"sampler": "ddim", "steps": 20, "reuse": {}},
-    "ddim 20, reuse from the start": {"sampler": "ddim", "steps": 20, "reuse": {"every": 2, "start": 0.0}},
+    # three ways to let half of the looks be whole: from when on, and then one of how many
+    "ddim 20, reuse 2": {"sampler": "ddim", "steps": 20, "reuse": {"every": 2, "start": 0.0}},
+    "ddim 20, reuse 3": {"sampler": "ddim", "steps": 20, "reuse": {"every": 3, "start": 0.25}},
+    "ddim 20, reuse 6": {"sampler": "ddim", "steps": 20, "reuse": {"every": 6, "start": 0.4}},
     "ddim 20, guided above 500": {"sampler": "ddim", "steps": 20, "guided_times": [500, 1000]},
-    "ddim 20, 8 bits": {"sampler": "ddim", "steps": 20, "int8": True},
     "ddim 10": {"sampler": "ddim", "steps": 10},
     "dpmpp_2m 20": {"sampler": "dpmpp_2m", "steps": 20},
     "dpmpp_2m 10": {"sampler": "dpmpp_2m", "steps": 10},
+    "ddpm 50": {"sampler": "ddpm", "steps": 50},
+    "ddpm 50, reuse": {"sampler": "ddpm", "steps": 50, "reuse": {}},
     "lcm 4": {"sampler": "lcm", "steps": 4, "cfg_scale": 1.0},
     "lcm 2": {"sampler": "lcm", "steps": 2, "cfg_scale": 1.0},
     "lcm 1": {"sampler": "lcm", "steps": 1, "cfg_scale": 1.0},
 }
-DECIDING = "ddim 20", "ddim 20, reuse", "ddim 20, reuse from the start"
+DECIDING = [name for name in CHOSEN if name == "ddim 20" or name.startswith("ddim 20, reuse")]
 
 
 def scenes_of(prompts: int, seed: int) -> list:
@@ -83,22 +84,22 @@ def empty_row(how: dict[str, Any], lora: Path) -> dict[str, Any]:
 
 def still_true(row: dict[str, Any], fresh: dict[str, Any]) -> bool:
     """Whether a row was measured with today's weights; one of a LoRA that is not here is believed."""
-    return row["how"] == fresh["how"] and row["of"] == row["of"] | fresh["of"]
+    return row["how"] == fresh["how"] and row.get("of", {}) == row.get("of", {}) | fresh["of"]
 
 
 @cache
-def model_for(lora: Path | None, int8: bool) -> StableDiffusion:
-    """The tiny model: plain, with the LoRA that makes it consistent, or in 8 bits."""
+def model_for(lora: Path | None) -> StableDiffusion:
+    """The tiny model: plain, or with the LoRA that makes it consistent."""
     model = StableDiffusion.load(MODEL)
     if lora:
         merge(model.networks(), (load_lora(lora, model.networks()), 1.0))
-    return speed_up(model, int8=int8)
+    return model
 
 
 def draw(model: StableDiffusion, prompts: list[str], seed: int, how: dict[str, Any]) -> tuple[list, dict[str, int]]:
     """Pictures, and the U-Net's looks at each of them by kind."""
     looks: Counter[str] = Counter()
-    settings = {name: value for name, value in how.items() if name not in ("reuse", "int8")}
+    settings = {name: value for name, value in how.items() if name != "reuse"}
     extras = [Reuse(**how["reuse"])] if "reuse" in how else []
     deepest = model.unet.down[-1]  # it runs when the whole U-Net does
     whole = deepest.register_forward_hook(lambda part, inputs, output: looks.update({f"{len(output)} whole": 1}))
@@ -130,7 +131,7 @@ def main() -> None:
             ready = args.lora.exists() or not is_lcm
             if args.rows not in name or len(row["right"]) != first or first >= many or not ready:
                 continue
-            model = model_for(args.lora if is_lcm else None, "int8" in row["how"])
+            model = model_for(args.lora if is_lcm else None)
             pictures, row["looks"] = draw(model, [scene.sentence() for scene in some], SEED + first, row["how"])
             row["right"] += [int(verdict["all"]) for verdict in judged(judge, some, pictures)]
             print(f"{name:34} {len(row['right']):4}: right {np.mean(row['right']):.3f}, {row['looks']}", flush=True)

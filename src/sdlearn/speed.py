@@ -165,9 +165,9 @@ def keep_memory() -> None:
     Its page faults become fewer, and it ends with the most memory that it ever had.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(library, "mallopt"):
-        library.mallopt(-4, 0)  # M_MMAP_MAX: no request gets a piece of its own
-        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
+    if mallopt := getattr(library, "mallopt", None):
+        mallopt(-4, 0)  # M_MMAP_MAX: no request gets a piece of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
 def faster(network: nn.Module, sliced: bool | None = None) -> nn.Module:

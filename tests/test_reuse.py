@@ -165,7 +165,7 @@ def test_at_full_size_a_drawing_takes_hardly_more_than_half_of_the_operations():
     assert round(counts["whole"] / 1e9) == 1607 and round(counts["top"] / 1e9) == 127
     sd = StableDiffusion(*random_parts()[0], "cpu")
     for steps in (10, 20, 50):
-        for how in (Reuse(), Reuse(2, 1, 0), Reuse(3, 1, 0.25)):
+        for how in (Reuse(), Reuse(6, 1, 0.4), Reuse(3, 1, 0.25)):
             order = looks(sd, steps=steps, extras=[how])
             spent = order.count("W") * counts["whole"] + order.count("t") * counts["top"]
             assert 1.8 < steps * counts["whole"] / spent < (1.9 if how == Reuse() else 2.3), (steps, how)

@@ -119,7 +119,7 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
     add("--guided-times", nargs=2, type=int, default=(0, 1000), metavar=("A", "B"),
         help="guidance only at times from A to below B (0 1000)")  # fmt: skip
     add("--reuse", type=int, default=1, metavar="N",
-        help="after 40%% of the steps, one in N runs the whole U-Net (1)")  # fmt: skip
+        help="the whole U-Net only in one of N looks: for speed (1)")  # fmt: skip
     add("--int8", action="store_true", help="weights in 8 bits: less memory")
     add("--clip-skip", type=int, default=0, metavar="N",
         help="text encoder layers to leave out (0)")  # fmt: skip

@@ -52,13 +52,12 @@ class Reuse:
 
     Ma et al. 2024. every: 1 draws the plain picture. skips: the maps of the way down
     that are computed in every look; 1 spares most. start: the share of the way, 0 to 1,
-    on which every look is whole, because there the picture is laid out. As they are
-    here, half of all looks are whole.
+    on which every look is whole, because there the picture is laid out.
     """
 
-    every: int = 6
+    every: int = 2
     skips: int = 1
-    start: float = 0.4
+    start: float = 0.0
 
     def __post_init__(self) -> None:
         whole_number(1, 1000)("every", self.every)

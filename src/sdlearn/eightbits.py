@@ -18,7 +18,7 @@ def to_eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     each = -1, *(1,) * (weight.ndim - 1)
     largest = weight.float().flatten(1).abs().amax(dim=1).view(each)
-    scale = largest.clamp(min=1e-12) / 127
+    scale = largest.clamp(min=1e-30) / 127
     return (weight.float() / scale).round().to(torch.int8), scale.to(weight.dtype)
 
 

@@ -445,16 +445,14 @@ def schedule_to_json(schedule: Schedule, prediction: Prediction) -> dict:
             found |= {"beta_start": start, "beta_end": end}
             break
     found |= SCHEDULE_ALWAYS
-    return (
-        found
-        | {
-            "_class_name": "DDIMScheduler",
-            "num_train_timesteps": len(betas),
-            "prediction_type": prediction.name,
-            "timestep_spacing": schedule.spacing,
-            "steps_offset": schedule.offset,
-            "set_alpha_to_one": schedule.ends_clean,
-            "clip_sample": False,
-        }
-        | ({"noise_offset": strays} if (strays := schedule.noise_offset) else {})
-    )
+    if schedule.noise_offset:
+        found["noise_offset"] = schedule.noise_offset
+    return found | {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": len(betas),
+        "prediction_type": prediction.name,
+        "timestep_spacing": schedule.spacing,
+        "steps_offset": schedule.offset,
+        "set_alpha_to_one": schedule.ends_clean,
+        "clip_sample": False,
+    }

@@ -44,7 +44,7 @@ def words_for(image: nodes.image) -> str:
 def is_wide(path: Path, width: str) -> bool:
     """By the width on the page, where it is given (figures for sharp screens have twice the pixels)."""
     if path.suffix == ".svg":
-        return True
+        return float(re.search(r'viewBox="\S+ \S+ (\S+)', path.read_text("utf-8"))[1]) >= WIDE
     if re.fullmatch(r"[\d.]+(px)?", width):
         return float(width.removesuffix("px")) >= WIDE
     with Image.open(path) as picture:

@@ -1,6 +1,7 @@
 """Configurations: SD 1.5's own files, round trips, and what cannot be honoured."""
 
 import json
+from operator import attrgetter
 
 import pytest
 import torch
@@ -59,7 +60,8 @@ def test_sd_1_5_is_the_default():
 def alike(a, b):
     """Two schedules, of which one may have come through a file."""
     assert torch.equal(a.betas, b.betas)
-    return (a.spacing, a.offset, a.ends_clean) == (b.spacing, b.offset, b.ends_clean)
+    rest = attrgetter("spacing", "offset", "ends_clean", "noise_offset")
+    return rest(a) == rest(b)
 
 
 def through_a_file(content, path):
@@ -90,7 +92,7 @@ def test_round_trips(tmp_path_factory, unet, number, scale, width):
     assert config.text_from_json(through_a_file(config.text_to_json(text), path)) == text
     assert config.clip_from_json(through_a_file(config.clip_to_json(text, image, 5), path)) == (text, image, 5)
     for betas in (scaled_linear(number + 1), linear(number + 1, 0.001, 0.01), cosine(number + 1)):
-        schedule = Schedule(betas, "trailing", 1, number > 1)
+        schedule = Schedule(betas, "trailing", 1, number > 1, 0.1 * (number - 1))
         read, prediction = config.schedule_from_json(through_a_file(config.schedule_to_json(schedule, V), path))
         assert prediction is V and alike(read, schedule)
 
@@ -168,6 +170,8 @@ def test_hints_name_the_model():
         ("scheduler", {"beta_end": float("nan")}, "betas .0.00085, nan."),
         ("scheduler", {"trained_betas": [0.1, 0.2]}, "2 trained_betas for 1000 steps"),
         ("scheduler", {"trained_betas": {"a": 1}}, "betas {'a': 1}"),
+        ("scheduler", {"noise_offset": -0.1}, "noise_offset is -0.1"),
+        ("scheduler", {"noise_offset": "some"}, "noise_offset is 'some'"),
         ("scheduler", {"prediction_type": "flow_prediction"}, "prediction_type is 'flow_prediction'"),
         ("scheduler", {"timestep_spacing": 3}, "timestep_spacing is 3"),
         ("scheduler", {"set_alpha_to_one": 1}, "set_alpha_to_one is 1, but true or false"),

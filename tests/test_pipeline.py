@@ -15,6 +15,8 @@ from sdlearn.pictures import to_tensor
 from sdlearn.pipeline import PromptCut, StableDiffusion, pick_device
 from sdlearn.prediction import V
 from sdlearn.request import Request
+from sdlearn.samplers import draw_noise
+from sdlearn.schedule import Schedule
 from sdlearn.unet import UNet, UNetConfig
 
 FAST = {"steps": 2, "sampler": "ddim"}
@@ -91,6 +93,20 @@ def test_latents_replace_the_noise(sd):
     for latents, more in ((torch.randn(2, 4, 4, 4), {}), (torch.randn(1, 9, 4, 4), {}), (noise, {"width": 64})):
         with pytest.raises(ValueError, match="latents are"):
             sd.txt2img("a cat", **FAST, latents=latents, **more)
+
+
+def test_the_first_noise_may_stray_by_channel(sd):
+    """Offset noise: one more number a channel, with the asked spread, from the same dice."""
+    shape, seeds = (50, 4, 8, 8), range(50)
+    dice = [[torch.Generator().manual_seed(seed) for seed in seeds] for _ in range(2)]
+    assert torch.equal(sd.first_noise(shape, dice[0]), draw_noise(shape, dice[1]))
+    strays = model()
+    strays.schedule = Schedule(noise_offset=0.3)
+    plain, moved = sd.first_noise(shape, dice[0]), strays.first_noise(shape, dice[1])
+    moves = moved - plain
+    assert moves.std(dim=(2, 3)).max() < 1e-6 and 0.25 < moves.mean(dim=(2, 3)).std() < 0.35
+    start = next(strays.steps("a cat", **FAST, seed=7)), next(sd.steps("a cat", **FAST, seed=7))
+    assert not torch.equal(start[0].latents, start[1].latents)
 
 
 def test_steps_are_yielded_with_previews(sd):
@@ -206,7 +222,7 @@ def test_what_is_no_controlnet_is_refused(control):
 def test_thirty_lines_draw_the_same(prediction, tmp_path):
     sd = model()
     if prediction == "v":
-        sd.prediction = V
+        sd.prediction, sd.schedule = V, Schedule(noise_offset=0.3)
     sd.save(tmp_path / "model", dtype=None)
     drawn = draw_by_hand(load(tmp_path / "model"), "a cat", seed=3, steps=4, scale=5.0)
     assert far(drawn, sd.txt2img("a cat", seed=3, steps=4, cfg_scale=5.0, sampler="ddim")[0]) <= 1

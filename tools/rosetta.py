@@ -365,6 +365,7 @@ prediction.Prediction.name | prediction_type | `parameterization` | | 08
 schedule.Schedule.spacing | timestep_spacing | `ddim_discretize` | | 08
 schedule.Schedule.offset | steps_offset | |  | 08
 schedule.Schedule.ends_clean | set_alpha_to_one | |  | 08
+schedule.Schedule.noise_offset | | |  | 09
 unet.UNetConfig.depth | transformer_layers_per_block | `transformer_depth` | | 17
 unet.UNetConfig.linear | use_linear_projection | `use_linear_in_transformer` | | 17
 unet.UNetConfig.added | projection_class_embeddings_input_dim | `adm_in_channels` | | 17

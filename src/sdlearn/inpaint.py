@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdlearn.pictures import check_input_size, eight_bits, to_image, to_tensor, upright
 from sdlearn.request import LARGEST, Setup, number, picture, whole_number, yes_or_no
-from sdlearn.samplers import After, draw_noise
+from sdlearn.samplers import After
 from sdlearn.schedule import Level, add_noise
 
 
@@ -205,7 +205,7 @@ class Inpaint:
         mask = to_mask(lay_over(self.mask, given), width, height)
         hole = to_cells(mask, sd.factor).to(sd.device)
         if sd.unet.config.in_channels == setup.shape[1]:
-            setup = self.on_rails(setup, hole)
+            setup = self.on_rails(sd, setup, hole)
         else:
             setup = self.with_eyes(sd, setup, hole, image * (mask < 0.5))
         if self.paste:
@@ -213,13 +213,13 @@ class Inpaint:
             setup = replace(setup, decode=decode)
         return setup
 
-    def on_rails(self, setup: Setup, hole: Tensor) -> Setup:
+    def on_rails(self, sd: Any, setup: Setup, hole: Tensor) -> Setup:
         """For a plain model: the known part is held where it belongs."""
         x0, noise, levels = setup.x0, setup.noise, setup.levels
         assert x0 is not None  # there is a picture
 
         def again() -> Tensor:
-            return draw_noise(setup.shape, setup.dice, noise.device)
+            return sd.first_noise(setup.shape, setup.dice)
 
         kept = (lambda: noise) if self.resample == 1 else again
         return replace(
@@ -238,7 +238,7 @@ class Inpaint:
             )
         if setup.request.strength == 1:  # the picture under the hole is never asked for
             dice = [torch.Generator().manual_seed(seed) for seed in setup.request.seed]
-            noise = draw_noise(setup.shape, dice, setup.noise.device)
+            noise = sd.first_noise(setup.shape, dice)
             setup = replace(setup, dice=dice, noise=noise, start=noise)
         masked = sd.encode_image(masked, setup.dice)  # (B,4,h,w)
         more = torch.cat([hole.expand(len(masked), -1, -1, -1), masked], dim=1)

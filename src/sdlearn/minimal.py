@@ -20,6 +20,7 @@ def draw_by_hand(
     height, width = (side // 8 for side in model.size)
     dice = torch.Generator().manual_seed(seed)
     xt = torch.randn(1, 4, height, width, generator=dice)
+    xt += model.schedule.noise_offset * torch.randn(1, 4, 1, 1, generator=dice)
     levels = model.schedule.levels(steps, clean=False)  # 20: t = 951, 901 ... 1, 0
     for now, then in pairwise(levels):
         both = torch.cat([xt, xt])  # the same noise for both

@@ -20,7 +20,7 @@ from sdlearn.lcm import told_guidance
 from sdlearn.pictures import to_image, to_tensor
 from sdlearn.prediction import EPSILON, Prediction
 from sdlearn.request import LARGEST, Request, Settings, Setup, picture
-from sdlearn.samplers import SAMPLERS, Denoiser, draw_noise, keep, sample
+from sdlearn.samplers import SAMPLERS, Denoiser, Dice, draw_noise, keep, sample
 from sdlearn.schedule import Level, Schedule, add_noise
 from sdlearn.unet import AddedEmbedding
 
@@ -261,6 +261,14 @@ class StableDiffusion:
             return sampler.levels(self.schedule, n, strength)
         return keep(self.schedule.levels(n, spacing, sampler.clean), strength)
 
+    def first_noise(self, shape: Sequence[int], dice: Dice) -> Tensor:
+        """(B,4,h,w) to start from. The schedule knows whether its mean may stray, as
+        it did in training."""
+        noise, far = draw_noise(shape, dice, self.device), self.schedule.noise_offset
+        if far:
+            noise = noise + far * draw_noise((*shape[:2], 1, 1), dice, self.device)
+        return noise
+
     def set_up(self, request: Request) -> Setup:
         """What a request asks for, and then what its extras make of it."""
         check_use(self.parts, request.extras)
@@ -274,7 +282,7 @@ class StableDiffusion:
         if given is not None:
             noise = given.detach().to(self.device).float()
         else:
-            noise = draw_noise(shape, dice, self.device)
+            noise = self.first_noise(shape, dice)
         start = noise if x0 is None else add_noise(x0, noise, levels[0])
         way = shape, levels, dice, self.network(request)
         told = self.told(request)

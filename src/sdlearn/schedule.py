@@ -91,12 +91,15 @@ class Schedule:
     spacing: which levels a sampler visits, a name in SPACINGS; offset is added to
     "leading" times. ends_clean: where drawing ends for the samplers that leave it to
     the schedule (DDIM): at the clean picture, or, as in SD, at the first level.
+    noise_offset: how far the first noise of each channel is moved, in standard
+    deviations; above 0 for a network that was trained with offset noise (chapter 09).
     """
 
     betas: Tensor = field(default_factory=scaled_linear, repr=False)
     spacing: str = "leading"
     offset: int = 1
     ends_clean: bool = False
+    noise_offset: float = 0.0
 
     def __post_init__(self) -> None:
         check_betas(self.betas)

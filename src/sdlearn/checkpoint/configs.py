@@ -421,7 +421,13 @@ def schedule_from_json(content: Mapping) -> tuple[Schedule, Prediction]:
     clean = switch(content, "set_alpha_to_one", sampler != "PNDMScheduler")
     spacing = choose(content, "timestep_spacing", SPACINGS, unsaid)
     prediction = choose(content, "prediction_type", PREDICTIONS, "epsilon")
-    schedule = Schedule(table_of_betas(content), spacing, 1, clean)
+    strays = content.get("noise_offset", 0.0)
+    if type(strays) not in (int, float) or not 0 <= strays < 10:
+        raise ValueError(
+            f"scheduler config: noise_offset is {strays!r}, but a number from 0 to 10 "
+            "is wanted: the file is damaged, take another copy"
+        )
+    schedule = Schedule(table_of_betas(content), spacing, 1, clean, strays)
     return schedule, PREDICTIONS[prediction]
 
 
@@ -439,12 +445,16 @@ def schedule_to_json(schedule: Schedule, prediction: Prediction) -> dict:
             found |= {"beta_start": start, "beta_end": end}
             break
     found |= SCHEDULE_ALWAYS
-    return found | {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": len(betas),
-        "prediction_type": prediction.name,
-        "timestep_spacing": schedule.spacing,
-        "steps_offset": schedule.offset,
-        "set_alpha_to_one": schedule.ends_clean,
-        "clip_sample": False,
-    }
+    return (
+        found
+        | {
+            "_class_name": "DDIMScheduler",
+            "num_train_timesteps": len(betas),
+            "prediction_type": prediction.name,
+            "timestep_spacing": schedule.spacing,
+            "steps_offset": schedule.offset,
+            "set_alpha_to_one": schedule.ends_clean,
+            "clip_sample": False,
+        }
+        | ({"noise_offset": strays} if (strays := schedule.noise_offset) else {})
+    )

@@ -709,6 +709,7 @@ def save(
     zero = torch.equal(betas, zero_terminal_snr(usual))
     said = {"v_pred": parts.prediction is V, "ztsnr": zero}  # as two empty tensors
     known = parts.prediction in (EPSILON, V) and (zero or torch.equal(betas, usual))
+    known = known and not parts.schedule.noise_offset
     if not known or kind == "SD 1" and any(said.values()):
         raise ValueError(
             f"{path}: a single file of {kind} cannot say that this model has another "

@@ -94,10 +94,9 @@ class ConsistencyTask(Task):
         captions = [scene.caption(rng) for scene, rng in scenes]
         last = SCHEDULE.steps - 1
         t = [last if rng.random() < PURE else rng.randint(1, last) for rng in rngs]
-        noise, level = (
-            normal(rngs, *self.latents.shape[1:]),
-            SCHEDULE.at(torch.tensor(t)),
-        )
+        level, channels = SCHEDULE.at(torch.tensor(t)), self.latents.shape[1]
+        noise = normal(rngs, *self.latents.shape[1:])  # as drawing starts
+        noise += SCHEDULE.noise_offset * normal(rngs, channels, 1, 1)
         noisy = add_noise(self.latents[numbers].float(), noise, level)
         return {
             "xt": torch.where((level.t == last).view(-1, 1, 1, 1), noise, noisy),

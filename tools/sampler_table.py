@@ -3,9 +3,9 @@
     python tools/sampler_table.py               all cells that are missing (about an hour of one core)
     python tools/sampler_table.py --rows ddim   only the rows whose name holds a word
 
-Every cell draws the same prompts from the same noise. `error`: for each prompt the mean squared difference of its
-latents from those of a long walk, for samplers without fresh noise; `right`: whether the judge calls the picture all
-right. A cell is written as soon as it is measured, so the script may be stopped and started again.
+Every cell draws the same prompts from the same noise, which has no offset. `error`: for each prompt the mean squared
+difference of its latents from those of a long walk, for samplers without fresh noise; `right`: whether the judge calls
+the picture all right. A cell is written as soon as it is measured, so the script may be stopped and started again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from sdlearn.pipeline import StableDiffusion
-from sdlearn.samplers import SAMPLERS
+from sdlearn.samplers import SAMPLERS, draw_noise
 from sdlearn.tiny.evaluate import ROWS, fresh_scenes, judged
 from sdlearn.tiny.judge import load_judge
 from sdlearn.tiny.tasks import to_tensor
@@ -46,7 +46,10 @@ def draw(model: StableDiffusion, scenes: list, sampler: str, spacing: str, steps
     latents, pictures = [], []
     for first in range(0, len(scenes), 10):
         prompts = [scene.sentence() for scene in scenes[first : first + 10]]
-        *_, last = model.steps(prompts, sampler=sampler, spacing=spacing, steps=steps, seed=seed + first)
+        seeds = [seed + first + i for i in range(len(prompts))]
+        noise = draw_noise((len(prompts), 4, 16, 16), [torch.Generator().manual_seed(one) for one in seeds])
+        how = {"sampler": sampler, "spacing": spacing, "steps": steps, "latents": noise, "seed": seeds}
+        *_, last = model.steps(prompts, **how)
         latents.append(last.latents)
         pictures += [to_tensor(np.array(picture)) for picture in last.images()]
     return torch.cat(latents), pictures

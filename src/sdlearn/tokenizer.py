@@ -131,7 +131,7 @@ def learn_merges(
 
 
 def apply_merges(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
-    """The tokens of one word: the neighbours learnt first are joined, until none is
+    """The tokens of one word: the neighbours learned first are joined, until none is
     known.
     """
     symbols = spell(word)
@@ -256,7 +256,7 @@ class Tokenizer(BytePairs):
     `pad` fills short rows: <|endoftext|> in SD 1.5, "!" in the second encoder of SDXL.
     Like transformers we take a padding token that is typed inside a text for the
     special token, too. Ids of `bos`, `eos`, `pad` are attributes.
-    added: words that a model learnt later, one token each; they are found in any case.
+    added: words that a model learned later, one token each; they are found in any case.
     """
 
     def __init__(

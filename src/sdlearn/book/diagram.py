@@ -173,6 +173,9 @@ class Diagram:
         )
         return Box(x, y, side, side)
 
+    def __repr__(self) -> str:
+        return f"Diagram({self.title!r})"
+
     def _repr_svg_(self) -> str:
         tip = (
             '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '

@@ -73,26 +73,29 @@ def images(
     titles: Sequence[str] | None = None,
     columns: int = 8,
     size: float = 1.6,
+    rows: Sequence[str] = (),
 ) -> Figure:
     """A grid of pictures, of `size` inches each.
 
-    They are PIL images, uint8 arrays, or tensors (B, 3, H, W) in [-1, 1].
+    They are PIL images, uint8 arrays, or tensors (B, 3, H, W) in [-1, 1]. titles: of
+    each, or of the first row alone. rows: what stands at the left of each row.
     """
     arrays = [to_array(picture) for picture in pictures]
     columns = min(columns, len(arrays))
-    rows = -(-len(arrays) // columns)
+    count = -(-len(arrays) // columns)
+    heads = 0.25 * (count if len(titles or ()) > columns else bool(titles))
     figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(size * columns, (size + 0.25 * bool(titles)) * rows),
-        squeeze=False,
+        count, columns, figsize=(size * columns, size * count + heads), squeeze=False
     )
     for axis in axes.flat:
         axis.axis("off")
     for i, (axis, array) in enumerate(zip(axes.flat, arrays, strict=False)):
         axis.imshow(array)
-        if titles:
+        if titles and i < len(titles):
             axis.set_title(titles[i], fontsize=8)
+    for axis, row in zip(axes[:, 0], rows, strict=False):
+        axis.text(-0.08, 0.5, row, fontsize=8, ha="right", va="center",
+                  transform=axis.transAxes)  # fmt: skip
     return figure
 
 

@@ -54,6 +54,7 @@ SCALES = (2.0, 10.0)  # that a whole model is told
 HEARS = 256  # numbers that tell it
 SKIP = 50  # times that the first teacher goes at once
 PURE = 0.3  # share of examples that are noise alone, as drawing begins
+OFFSET = 0.2  # of the noise's channels; a little more than drawing has
 BANK = 2_048  # training scenes whose latents are computed once
 STEPS = {4: 300, 2: 450, 1: 1_100}  # segments -> training steps
 RECIPE = Recipe(steps=1, batch=16, lr=2e-3, warmup=10, ema=0.95, decay=0.0)
@@ -96,7 +97,7 @@ class ConsistencyTask(Task):
         t = [last if rng.random() < PURE else rng.randint(1, last) for rng in rngs]
         level, channels = SCHEDULE.at(torch.tensor(t)), self.latents.shape[1]
         noise = normal(rngs, *self.latents.shape[1:])  # as drawing starts
-        noise += SCHEDULE.noise_offset * normal(rngs, channels, 1, 1)
+        noise += OFFSET * normal(rngs, channels, 1, 1)
         noisy = add_noise(self.latents[numbers].float(), noise, level)
         return {
             "xt": torch.where((level.t == last).view(-1, 1, 1, 1), noise, noisy),

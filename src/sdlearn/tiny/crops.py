@@ -41,12 +41,12 @@ from sdlearn.unet import AddedEmbedding, UNet
 from sdlearn.vae import VAE
 
 RECIPE = Recipe(
-    steps=400, batch=16, lr=2e-3, warmup=50, cooldown=250, ema=0.99, decay=0.0
+    steps=1_000, batch=16, lr=2e-3, warmup=50, cooldown=500, ema=0.99, decay=0.0
 )
 BANK = 2_048  # training scenes, each cut once, whose latents are computed once
 SMALLEST, LARGEST = 16, 64  # pixels that are cut off at the top, or on the left
 WHOLE = 0.2  # how many of the scenes are not cut
-UNTOLD = 0.2  # how many of the examples come without ids
+UNTOLD = 0.3  # how many of the examples come without ids
 BASE, NEW = Path("checkpoints/tiny"), "add_embedding"
 
 
@@ -69,7 +69,7 @@ def told_of_sizes(unet: UNet) -> UNet:
     """The same U-Net with an input for six ids, to which it does not listen as yet."""
     told = UNet(replace(unet.config, added=6 * AddedEmbedding.waves))
     first, second = told.add_embedding.linear_1, told.add_embedding.linear_2
-    nn.init.normal_(first.weight, std=0.05)  # near crops are to differ from the start
+    nn.init.normal_(first.weight, std=0.15)  # near crops are to differ from the start
     for parameter in second.parameters():
         nn.init.zeros_(parameter)
     told.load_state_dict(told.state_dict() | unet.state_dict())
@@ -173,7 +173,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """`sdlearn train crops`."""
     parser.description = (
         "Teaches the tiny U-Net to hear how its pictures were cropped. "
-        f"{RECIPE.steps} steps of {RECIPE.batch} scenes; about 10 "
+        f"{RECIPE.steps} steps of {RECIPE.batch} scenes; about 15 "
         "minutes of one core. Needs a checkpoint to begin with, and the drawings of "
         "the scenes: pip install 'sdlearn[train,tiny]'."
     )

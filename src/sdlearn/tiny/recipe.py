@@ -62,7 +62,7 @@ from sdlearn.training import (
 from sdlearn.unet import UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
 
-SCHEDULE = Schedule(noise_offset=0.2)  # unsaid backgrounds stay open with it
+SCHEDULE = Schedule(noise_offset=0.15)  # unsaid backgrounds stay open with it
 # The VAE's scale is measured when its training ends.
 VAE_SIZES = VAEConfig(channels=(16, 48, 96, 192), blocks=1, groups=8, scale=1.0)
 IMAGE_SIZES = CLIPImageConfig(size=128, patch=16, width=128, layers=4, heads=4)

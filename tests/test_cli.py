@@ -15,6 +15,7 @@ from PIL import Image
 from random_model import save_random_model
 
 from sdlearn import cli
+from sdlearn.lora import save_lora, with_lora
 from sdlearn.pictures import read_parameters
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.request import Request
@@ -66,6 +67,30 @@ def test_every_drawing_command_in_16_bits(model, tmp_path, monkeypatch, capsys, 
         == 0
     )
     assert set(seen) == {torch.bfloat16} and Image.open(next((tmp_path / "out").iterdir())).size == (32, 32)
+
+
+def test_cheaper_steps(model, tmp_path, capsys):
+    words = ["--model", model, "--steps", 6, "--seed", 1, "--sampler", "ddim", "--device", "cpu"]
+    switches = [
+        [],
+        ["--int8"],
+        ["--reuse", 3],
+        ["--guided-times", 400, 900],
+        ["--int8", "--lora", tmp_path / "x.safetensors"],
+    ]
+    networks = {"unet": StableDiffusion.load(model, "cpu").unet}
+    lora = with_lora(networks, rank=2)
+    for _, pair in lora.items():
+        torch.nn.init.normal_(pair.up)
+    save_lora(tmp_path / "x.safetensors", lora)
+    pictures = []
+    for i, more in enumerate(switches):
+        assert run("txt2img", "a cat", *words, *more, "-o", tmp_path / f"{i}.png") == 0
+        pictures.append(Image.open(tmp_path / f"{i}.png").tobytes())
+    assert len(set(pictures)) == len(switches)  # each of them does something, the LoRA in 8 bits as well
+    assert read_parameters(tmp_path / "2.png")["Reuse every"] == "3"
+    assert run("txt2img", "a cat", *words, "--reuse", 0, "-o", tmp_path / "9.png") == 2
+    assert "sdlearn: every is 0; give a whole number from 1 to 1000" in capsys.readouterr().err
 
 
 def test_several_prompts_are_one_batch(model, tmp_path, capsys):

@@ -1,7 +1,10 @@
 """Faster forms give the answers of the simple ones; tiles meet without seams; nothing is made on the wrong device."""
 
 import copy
+import platform
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -289,3 +292,32 @@ def test_nothing_is_made_on_another_device_than_the_one_asked_for():
     with elsewhere:
         next(sd.steps("a cat", steps=3, seed=0))
     assert (7, 7) in elsewhere.sizes
+
+
+FAULTS = """
+import resource, torch
+from sdlearn.speed import keep_memory
+{switch}
+x = torch.zeros(2**24)  # 64 MiB
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        x = x + 1
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
+def test_what_is_kept_is_not_cleared_again():
+    faults = [
+        int(subprocess.check_output([sys.executable, "-c", FAULTS.format(switch=switch)]))
+        for switch in ("", "keep_memory()")
+    ]
+    assert faults[1] < faults[0] / 2, faults
+
+
+def test_elsewhere_nothing_is_kept(monkeypatch):
+    monkeypatch.setattr(speed.sys, "platform", "darwin")
+    monkeypatch.setattr(speed.ctypes, "CDLL", lambda name: pytest.fail("asked"))
+    speed.keep_memory()

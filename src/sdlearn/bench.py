@@ -1,7 +1,10 @@
-"""our networks and diffusers' -> their times, side by side. Chapter 19 explains."""
+"""our networks and others' -> their times, side by side. Chapter 19 explains."""
 
 import argparse
+import copy
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -13,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +41,15 @@ SMALL = (  # the same layers, for a quick look
     UNetConfig((32, 64, 64, 64), blocks=1, context_width=64),
 )
 PROMPT = "a red apple on a blue background"
+OPENVINO = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+FLAGS = "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"
+COMPILED = "diffusers, compiled"
+PAIRS = (
+    ("{}", "ours", "diffusers"),
+    ("{}", "ours", "OpenVINO"),
+    ("{}, compiled", "compiled", COMPILED),
+    ("{}, compiled", "compiled", "OpenVINO"),
+)
 OURS = """
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.speed import speed_up
@@ -75,15 +87,20 @@ latents = torch.zeros(1, 4, {side}, {side}, dtype=torch.{dtype}, device={device!
 with torch.inference_mode():
     vae.decode(latents)
 """
-TINY = """
+OUR_TINY = """
+from sdlearn.cli import main
+words = ["txt2img", {prompt!r}, "--model", {path!r}, "-o", {folder!r} + "/ours.png"]
+assert main([*words, "--device", {device!r}, "--dtype", "float32"]) == 0
+"""
+THEIR_TINY = """
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained(
     {path!r}, dtype=torch.float32, safety_checker=None
-)
+).to({device!r})
 pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
 pipe.set_progress_bar_config(disable=True)
 done = pipe({prompt!r}, num_inference_steps=50, width=128, height=128)
-done.images[0].save({output!r})
+done.images[0].save({folder!r} + "/theirs.png")
 """
 MEASURED = """
 import resource, time
@@ -97,7 +114,8 @@ most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 if status.exists():  # Linux: there, ru_maxrss remembers the process that started us
     told = dict(line.split(":", 1) for line in status.read_text().splitlines())
     most = int(told["VmHWM"].split()[0])
-print(seconds, most / 2**20)
+gpu = torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else 0
+print(seconds, time.process_time(), gpu / 2**30 or most / 2**20)
 """
 
 
@@ -108,21 +126,22 @@ class Row:
     name: str
     ours: float
     theirs: float
+    rival: str = "diffusers"
 
     @property
     def ratio(self) -> float:
         return self.ours / self.theirs
 
 
-def alternate(
-    ours: Callable[[], object], theirs: Callable[[], object], repeats: int
-) -> tuple[list, list]:
-    """What both give, in turns: whatever else the machine does meets both.
+def alternate(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list]:
+    """What each gives, in turns: whatever else the machine does meets all of them.
 
     One round before does not count.
     """
-    found = [(ours(), theirs()) for _ in range(repeats + 1)][1:]
-    return [a for a, _ in found], [b for _, b in found]
+    rounds = [
+        {name: work() for name, work in works.items()} for _ in range(repeats + 1)
+    ]
+    return {name: [found[name] for found in rounds[1:]] for name in works}
 
 
 def timer(work: Callable[[], object], device: torch.device) -> Callable[[], float]:
@@ -145,13 +164,19 @@ def timer(work: Callable[[], object], device: torch.device) -> Callable[[], floa
 
 def compare(
     name: str,
-    ours: Callable[[], object],
-    theirs: Callable[[], object],
+    works: dict[str, Callable[[], object]],
     device: torch.device,
     repeats: int,
-) -> Row:
-    mine, other = alternate(timer(ours, device), timer(theirs, device), repeats)
-    return Row(name, statistics.median(mine), statistics.median(other))
+) -> list[Row]:
+    """Ours beside every rival, and what is compiled beside what is compiled."""
+    timers = {who: timer(work, device) for who, work in works.items()}
+    times = alternate(timers, repeats)
+    medians = {who: statistics.median(found) for who, found in times.items()}
+    return [
+        Row(title.format(name), medians[mine], medians[other], other)
+        for title, mine, other in PAIRS
+        if mine in medians and other in medians
+    ]
 
 
 def random_model(make: type[Network], config: object, dtype: torch.dtype) -> Network:
@@ -221,41 +246,67 @@ def networks(
     scale = sd.vae.config.scale
     rows = []
     if "unet" in parts:
-        ours, theirs = (
-            lambda: sd.unet(xt, t, context),
-            lambda: pipe.unet(xt, 500, context).sample,
-        )
-        rows.append(compare("U-Net step, two halves", ours, theirs, device, repeats))
-        if compiled:
-            torch._inductor.config.freezing = (
-                device.type == "cpu"
-            )  # weights become constants, laid out for the kernels
-            compile_unet(sd.unet)
-            other, plain = torch.compile(pipe.unet), theirs
-            theirs = lambda: other(xt, 500, context).sample  # noqa: E731
-            rows.append(
-                compare("U-Net step, both compiled", ours, theirs, device, repeats)
-            )
-            rows.append(
-                compare("U-Net step, compiled, to eager", ours, plain, device, repeats)
-            )
+        works: dict[str, Callable[[], object]] = {
+            "ours": lambda: sd.unet(xt, t, context),
+            "diffusers": lambda: pipe.unet(xt, 500, context).sample,
+        }
+        if compiled:  # on a CPU weights become constants, laid out for the kernels
+            torch._inductor.config.freezing = device.type == "cpu"
+            mine = compile_unet(copy.deepcopy(sd.unet))
+            other = torch.compile(pipe.unet)
+            works["compiled"] = lambda: mine(xt, t, context)
+            works[COMPILED] = lambda: other(xt, 500, context).sample
+        if device.type == "cpu" and importlib.util.find_spec("openvino"):
+            works["OpenVINO"] = openvino_step(pipe.unet, xt, t, context)
+        rows += compare("U-Net step, two halves", works, device, repeats)
     if "vae" in parts:
-        ours, theirs = (
-            lambda: sd.vae.decode(latents),
-            lambda: pipe.vae.decode(latents / scale).sample,
-        )
-        rows.append(compare("VAE decode", ours, theirs, device, repeats))
+        works = {
+            "ours": lambda: sd.vae.decode(latents),
+            "diffusers": lambda: pipe.vae.decode(latents / scale).sample,
+        }
+        rows += compare("VAE decode", works, device, repeats)
     if "text" in parts:
-        ours, theirs = (
-            lambda: sd.text_encoder(tokens),
-            lambda: pipe.text_encoder(tokens).last_hidden_state,
-        )
-        rows.append(compare("text encoder, two prompts", ours, theirs, device, repeats))
+        works = {
+            "ours": lambda: sd.text_encoder(tokens),
+            "diffusers": lambda: pipe.text_encoder(tokens).last_hidden_state,
+        }
+        often = max(repeats, 20)  # it takes milliseconds
+        rows += compare("text encoder, two prompts", works, device, often)
     return rows
 
 
-def in_a_process(script: str, threads: int) -> tuple[float, float]:
-    """Seconds, and the most memory in GiB, of a fresh Python that runs the script."""
+def openvino_step(
+    unet: nn.Module, xt: Tensor, t: Tensor, context: Tensor
+) -> Callable[[], object]:
+    """A step of diffusers' U-Net, written anew by Intel's compiler for processors."""
+    openvino = importlib.import_module("openvino")
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+            x, context = x.to(xt.dtype), context.to(xt.dtype)
+            return self.unet(x, t, context, return_dict=False)[0].float()
+
+    inputs = xt.float().contiguous(), t, context.float()
+    with torch.inference_mode():
+        model = openvino.convert_model(Plain(), example_input=inputs)
+    how = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": OPENVINO[xt.dtype],
+    }
+    program = openvino.compile_model(model, "CPU", how)
+    arrays = [x.numpy() for x in inputs]
+    return lambda: program(arrays)
+
+
+def in_a_process(script: str, threads: int) -> list[float]:
+    """Seconds, seconds of processor time, and the most memory in GiB, of a fresh
+    Python that runs the script. Where others use the processors too, the second is the
+    fair one: it counts only the time in which this process had one.
+    """
     code = MEASURED.format(script=script, threads=threads)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
@@ -264,25 +315,26 @@ def in_a_process(script: str, threads: int) -> tuple[float, float]:
         raise ValueError(
             f"a process of the benchmark failed: {done.stderr.strip().splitlines()[-1]}"
         )
-    seconds, memory = map(float, done.stdout.split()[-2:])
-    return seconds, memory
+    return [float(x) for x in done.stdout.split()[-3:]]
 
 
 def whole_processes(
-    names: tuple[str, str],
+    name: str,
     scripts: tuple[str, str],
     words: dict[str, object],
     repeats: int,
     threads: int,
 ) -> list[Row]:
-    """Seconds and peak memory of two scripts, each in a fresh Python."""
-    ours, theirs = (
-        lambda script=script: in_a_process(script.format(**words), threads)
-        for script in scripts
-    )
-    both = alternate(ours, theirs, repeats)
+    """Times and peak memory of two scripts, each in a fresh Python."""
+    ours, theirs = (script.format(**words) for script in scripts)
+    works = {
+        "ours": lambda: in_a_process(ours, threads),
+        "theirs": lambda: in_a_process(theirs, threads),
+    }
+    found = alternate(works, repeats)
+    names = name, "  its processor time", "  its peak memory, GiB"
     return [
-        Row(name, *(statistics.median(x[i] for x in side) for side in both))
+        Row(name, *(statistics.median(x[i] for x in side) for side in found.values()))
         for i, name in enumerate(names)
     ]
 
@@ -304,11 +356,8 @@ def loading(
         "size": size,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    names = (
-        f"single file to first step, {file.stat().st_size / 1e9:.1f} GB",
-        "  its peak memory, GiB",
-    )
-    return whole_processes(names, (OURS, THEIRS), words, repeats, threads)
+    name = f"single file to first step, {file.stat().st_size / 1e9:.1f} GB"
+    return whole_processes(name, (OURS, THEIRS), words, repeats, threads)
 
 
 def tiles(
@@ -321,44 +370,43 @@ def tiles(
         "side": size // 2,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    names = f"tiled decode, {4 * size} pixels", "  its peak memory, GiB"
-    return whole_processes(names, (OUR_TILES, THEIR_TILES), words, 1, threads)
+    name = f"tiled decode, {4 * size} pixels"
+    return whole_processes(name, (OUR_TILES, THEIR_TILES), words, 1, threads)
 
 
-def tiny_process(model: Path, repeats: int, threads: int) -> Row:
+def tiny_process(
+    model: Path, device: torch.device, repeats: int, threads: int
+) -> list[Row]:
     """One picture of 50 steps by the tiny model, from the command to the file."""
     with tempfile.TemporaryDirectory() as folder:
-        mine, other = Path(folder) / "ours.png", Path(folder) / "theirs.png"
-        command = [
-            "txt2img",
-            PROMPT,
-            "--model",
-            str(model),
-            "-o",
-            str(mine),
-            "--device",
-            "cpu",
-        ]
-        ours = f"from sdlearn.cli import main\nassert main({command!r}) == 0"
-        theirs = TINY.format(path=str(model), prompt=PROMPT, output=str(other))
-        both = alternate(
-            lambda: in_a_process(ours, threads),
-            lambda: in_a_process(theirs, threads),
-            repeats,
-        )
-    return Row(
-        "tiny model, whole process",
-        *(statistics.median(x[0] for x in side) for side in both),
+        words: dict[str, object] = {"path": str(model), "prompt": PROMPT}
+        words |= {"device": str(device), "folder": folder}
+        name, scripts = "tiny model, whole process", (OUR_TINY, THEIR_TINY)
+        return whole_processes(name, scripts, words, repeats, threads)
+
+
+def processor() -> str:
+    """What this processor can do that matters here, as Linux names it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text("utf-8") if cpuinfo.exists() else ""
+    told = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    flags = {name.strip(): value.split() for name, value in told.items()}.get(
+        "flags", []
     )
+    found = [flag for flag in FLAGS if flag in flags]
+    return " ".join([platform.machine(), *found])
 
 
 def table_of(rows: list[Row], about: dict[str, str]) -> str:
     """The rows as text, with what they were measured on."""
     lines = [", ".join(f"{name} {value}" for name, value in about.items())]
-    lines.append(f"{'seconds (medians)':34}{'ours':>9}{'diffusers':>11}{'ratio':>8}")
+    lines.append(f"{'seconds (medians)':36}{'ours':>9}{'theirs':>9}{'ratio':>7}")
     return "\n".join(
         lines
-        + [f"{r.name:34}{r.ours:9.3f}{r.theirs:11.3f}{r.ratio:8.2f}" for r in rows]
+        + [
+            f"{r.name:36}{r.ours:9.3f}{r.theirs:9.3f}{r.ratio:7.2f}  {r.rival}"
+            for r in rows
+        ]
     )
 
 
@@ -424,17 +472,18 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     # what libraries tell would stand in the table's way
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    about = {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "diffusers", "transformers")
-    }
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    libraries = ["torch", "diffusers", "transformers"]
+    libraries += ["openvino"] * bool(importlib.util.find_spec("openvino"))
+    about = {name: importlib.metadata.version(name) for name in libraries}
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     about |= {
         "device": f"{device} ({name})",
         "threads": str(args.threads),
         "dtype": args.dtype,
         "size": str(args.size),
     }
+    if hasattr(os, "getloadavg"):
+        about["load"] = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     rows = []
     if set(parts) - {"tiny"}:
         with tempfile.TemporaryDirectory() as folder:
@@ -458,7 +507,7 @@ def main(args: argparse.Namespace) -> None:
             if "tiles" in parts:
                 rows += tiles(Path(folder), device, dtype, args.size, args.threads)
     if "tiny" in parts:
-        rows.append(tiny_process(args.model, args.repeats, args.threads))
+        rows += tiny_process(args.model, device, args.repeats, args.threads)
     print(table_of(rows, about))
     if args.json:
         figures = {"about": about, "rows": [asdict(row) for row in rows]}

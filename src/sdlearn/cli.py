@@ -116,6 +116,11 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, listed: bool) -> None
         help="pictures for each prompt, with seed, seed + 1 ... (1)")  # fmt: skip
     add("--rescale", type=float, default=0.0, metavar="PHI",
         help="guidance rescale, 0 to 1 (0: off)")  # fmt: skip
+    add("--guided-times", nargs=2, type=int, default=(0, 1000), metavar=("A", "B"),
+        help="guidance only at times from A to below B (0 1000)")  # fmt: skip
+    add("--reuse", type=int, default=1, metavar="N",
+        help="the whole U-Net only in one of N looks: for speed (1)")  # fmt: skip
+    add("--int8", action="store_true", help="weights in 8 bits: less memory")
     add("--clip-skip", type=int, default=0, metavar="N",
         help="text encoder layers to leave out (0)")  # fmt: skip
     add("--lora", action="append", default=[], metavar="FILE[:SCALE]",
@@ -324,6 +329,10 @@ def request_of(args: argparse.Namespace) -> Request:
     if args.command == "inpaint":
         given |= hole_of(args)
     given["extras"] = [*given.get("extras", ()), *words_told(args)]
+    if args.reuse != 1:
+        from sdlearn.reuse import Reuse
+
+        given["extras"].append(Reuse(args.reuse))
     return Request(args.prompt, **given)
 
 
@@ -452,6 +461,8 @@ def load_base(
     args: argparse.Namespace, loras: list[tuple[Path, float]], words: list[Embedding]
 ) -> StableDiffusion:
     """The model, with the LoRAs merged into it and the words added."""
+    from sdlearn.speed import keep_memory, speed_up
+
     sd = load_model(args)
     if loras:
         from sdlearn.lora import load_lora, merge
@@ -462,6 +473,8 @@ def load_base(
         from sdlearn.inversion import add_embedding
 
         add_embedding(sd, word)
+    speed_up(sd, int8=args.int8)  # last: 8-bit weights cannot be changed
+    keep_memory()  # the weights are there; from now on maps come and go
     return sd
 
 
@@ -492,7 +505,7 @@ def refine(
     begun = watch(sd, replace(request, extras=[*request.extras, first]), label)
     latents, name = begun.latents, sd.name
     del sd, begun
-    sd = load_model(argparse.Namespace(**vars(args) | {"model": args.refiner}))
+    sd = load_base(argparse.Namespace(**vars(args) | {"model": args.refiner}), [], [])
     sd.name = f"{name} and {sd.name}"
     request = replace(request, extras=[*request.extras, rest], control=())
     request = replace(request, image=None, latents=latents)

@@ -10,8 +10,10 @@ from repository import ROOT
 from sdlearn.checkpoint.load import load
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.request import Request
+from sdlearn.sdxl import MicroConditioning
 from sdlearn.tiny import crops
 from sdlearn.tiny.difference import FILE, save_difference
+from sdlearn.tiny.evaluate import fresh_scenes
 from sdlearn.tiny.scenes import BACKGROUNDS, SIZE
 from sdlearn.tiny.tasks import numbered_scene, to_tensor
 
@@ -102,3 +104,14 @@ def test_it_is_saved_read_and_told(tmp_path, runs):
         sd.save(tmp_path / "whole", torch.float32)  # the whole model is a folder like any other
         again = StableDiffusion.load(tmp_path / "whole", "cpu", torch.float32)
         assert torch.allclose(again.unet(xt, 500, **again.told(Request("a cat", seed=0))[0]), mine, atol=1e-4)
+
+
+# --- what the shipped one can do
+@pytest.mark.slow
+def test_the_shipped_one_cuts_when_it_is_told_to():
+    sd, sentences = crops.load_crops(BASE), [scene.sentence() for scene in fresh_scenes(8, 0, "train", 1)]
+    cut = {}
+    for crop in ((0, 0), (0, 64), (64, 0)):
+        how = {"steps": 12, "sampler": "ddim", "cfg_scale": 5.0, "seed": 0, "extras": [MicroConditioning(crop=crop)]}
+        cut[crop] = sum(map(crops.touches_the_edge, sd.txt2img(sentences, **how)))
+    assert cut[0, 0] <= 2 and min(cut[0, 64], cut[64, 0]) >= 6

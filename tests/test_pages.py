@@ -210,7 +210,7 @@ def test_the_words_of_diffusers_on_the_page_of_names_exist():
         "prediction": DDIMScheduler().config,
     }  # fmt: skip
     for ours, theirs, *_ in rosetta.rows_of(rosetta.SIZES):
-        assert not theirs or theirs in keys[ours.partition(".")[0]], f"diffusers' configuration of {ours} has no {theirs}"
+        assert not theirs or theirs in keys[ours.partition(".")[0]], f"diffusers has no {theirs} for {ours}"
 
 
 def test_no_field_of_the_schedule_is_missing_on_the_page_of_names():

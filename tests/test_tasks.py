@@ -24,6 +24,7 @@ from sdlearn.tiny.tasks import (
     GuidedTask,
     HintedTask,
     PlacesTask,
+    PlainTask,
     VAETask,
     doodle,
     encode_scenes,
@@ -210,6 +211,22 @@ def test_denoise_task(denoise):
     denoise(batch)["loss"].backward()
     assert all(p.grad is None for p in denoise.text_encoder.parameters())  # frozen
     denoise.zero_grad(set_to_none=True)
+
+
+def test_the_plain_task_is_algorithm_1(denoise):
+    """Uniform times, plain noise, the mean squared error; the same scenes and captions as DenoiseTask."""
+    parts = denoise.text_encoder, denoise.tokenizer, denoise.latents, denoise.schedule
+    plain = PlainTask(nn.Module(), *parts)
+    plain.unet.forward = lambda xt, t, context: torch.zeros_like(xt)
+    batch, ours = plain.examples(rngs(4)), denoise.examples(rngs(4))
+    assert all(torch.equal(batch[name], ours[name]) for name in ("latents", "tokens", "number"))
+    torch.testing.assert_close(plain(batch), {"loss": batch["noise"].square().mean()})
+    assert not any(p.requires_grad for p in plain.text_encoder.parameters())
+    t = torch.cat([plain.times(rngs(1000, seed)) for seed in range(10)])
+    share = torch.bincount(t // 100, minlength=10) / len(t)
+    torch.testing.assert_close(share, torch.full((10,), 0.1), atol=0.015, rtol=0)
+    means = [task.fresh_noise(rngs(2000)).mean((2, 3)).std().item() for task in (plain, denoise)]
+    assert means == pytest.approx([1 / 16, (1 / 256 + 0.1**2) ** 0.5], rel=0.05)  # 256 positions; offset noise
 
 
 def test_denoise_loss_is_the_weighted_error_of_eps(denoise):

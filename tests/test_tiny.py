@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import random
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from repository import ROOT
 
 from sdlearn.checkpoint.load import load_unet
 from sdlearn.pipeline import StableDiffusion
@@ -181,6 +183,27 @@ def test_train_stage_reports_logs_and_goes_on(tmp_path, monkeypatch):
     assert [line["step"] for line in lines] == [50, 100] and {"loss", "lr", "norm"} <= set(lines[0])
     state = torch.load(tmp_path / "vae" / "state.pt", weights_only=True)
     assert state["step"] == 100 and state["recipe"]["precision"] == "no"
+
+
+def possible(record):
+    """No squared error, cross-entropy or learning rate is below 0, and all numbers are finite."""
+    never_below_zero = {"loss", "plain", "weighted", "hint", "guided", "told", "absolute", "objects", "colours",
+                        "background", "lr"}  # fmt: skip
+    numbers = {name: x for name, x in record.items() if isinstance(x, int | float)}
+    return all(math.isfinite(x) and (x >= 0 or name not in never_below_zero) for name, x in numbers.items())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "checkpoints/tiny/history").glob("*.jsonl")), ids=lambda p: p.stem)
+def test_the_history_holds_no_impossible_record(path):
+    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert records and [x for x in records if not possible(x)] == []
+    steps = [x["step"] for x in records if "step" in x]
+    assert steps == sorted(steps)
+
+
+def test_an_impossible_record_is_found():
+    sound = {"step": 8550, "loss": 0.03879, "weighted": 0.021137, "lr": 0.0008}
+    assert possible(sound) and not possible(sound | {"weighted": -0.093611}) and not possible(sound | {"lr": math.nan})
 
 
 def test_the_command_line_knows_the_stages(capsys):

@@ -55,7 +55,7 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "lcm 2": {"sampler": "lcm", "steps": 2, "cfg_scale": 1.0},
     "lcm 1": {"sampler": "lcm", "steps": 1, "cfg_scale": 1.0},
 }
-DECIDING = [name for name in CHOSEN if name == "ddim 20" or name.startswith("ddim 20, reuse")]
+DECIDING = [name for name in CHOSEN if name in ("ddim 20", "ddpm 50") or "reuse" in name]
 
 
 def scenes_of(prompts: int, seed: int) -> list:

@@ -18,7 +18,7 @@ def guide(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
 
 def rescale(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
     """Gives each guided prediction the standard deviation of its conditional one, mixed
-    in by phi (Lin et al. 2023, section 3.4)."""
+    in by phi (Lin et al. 2024, section 3.4)."""
     dims = tuple(range(1, guided.ndim))
     matched = guided * (cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
     return phi * matched + (1 - phi) * guided

@@ -81,7 +81,7 @@ def advice(
         )
     if hears and negative:
         said.append(
-            "this model is told its guidance, so nothing asks for the negative prompt: "
+            "this model is told its guidance, so the negative prompt is never used: "
             "say what you want in the prompt"
         )
     if sampler == "lcm" and not hears and not changed:

@@ -42,7 +42,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """What networks compute in where nobody says: 16 bits on an NVIDIA GPU, else 32."""
+    """What networks compute in by default: 16 bits on an NVIDIA GPU, else 32."""
     return torch.float16 if device.type == "cuda" else torch.float32
 
 

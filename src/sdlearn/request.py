@@ -153,7 +153,7 @@ def controls(name: str, value: Any) -> tuple["Extra", ...]:
 
 
 def one_seed_each(seed: Any, count: int) -> tuple[int, ...]:
-    """seed, seed + 1 ..., or those that were given, or some that nobody chose."""
+    """seed, seed + 1 ..., or those that were given, or random ones."""
     if seed is None:
         seed = random.SystemRandom().randrange(SEEDS - count)
     if isinstance(seed, numbers.Integral):

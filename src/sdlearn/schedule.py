@@ -54,7 +54,7 @@ def cosine(steps: int = 1000) -> Tensor:
 
 
 def zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Betas that end in pure noise (Lin et al. 2023, algorithm 1)."""
+    """Betas that end in pure noise (Lin et al. 2024, algorithm 1)."""
     root = (1 - betas).cumprod(0).sqrt()
     kept = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     return 1 - torch.cat([kept[:1], kept[1:] / kept[:-1]])

@@ -15,6 +15,25 @@ from torch import Tensor, nn
 from sdlearn.disk import write_files
 
 
+class Task(nn.Module):
+    """What one network learns: weights, examples, loss.
+
+    Everything random comes from the generators of the examples.
+    """
+
+    def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
+        """A batch of fresh examples, each drawn with a generator of its own."""
+        raise NotImplementedError
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses of a batch, named; the one called "loss" is minimised."""
+        raise NotImplementedError
+
+    def preview(self) -> Tensor:
+        """A few pictures (B, 3, H, W) in [-1, 1] that show how far the training is."""
+        raise NotImplementedError
+
+
 class Average:
     """An exponential moving average of the trained weights.
 
@@ -104,25 +123,6 @@ def generators(recipe: Recipe, step: int) -> list[random.Random]:
     What a step sees follows from its number, and nothing else.
     """
     return [random.Random(f"{recipe.seed} {step} {i}") for i in range(recipe.batch)]
-
-
-class Task(nn.Module):
-    """What one network learns: weights, examples, loss.
-
-    Everything random comes from the generators of the examples.
-    """
-
-    def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
-        """A batch of fresh examples, each drawn with a generator of its own."""
-        raise NotImplementedError
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The losses of a batch, named; the one called "loss" is minimised."""
-        raise NotImplementedError
-
-    def preview(self) -> Tensor:
-        """A few pictures (B, 3, H, W) in [-1, 1] that show how far the training is."""
-        raise NotImplementedError
 
 
 def attention_kernels(device: torch.device) -> list:

@@ -77,7 +77,7 @@ class GEGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the words, feed-forward.
 
-    Each stands after a LayerNorm and has a way around it.
+    Each stands after a LayerNorm and has a residual connection around it.
     """
 
     def __init__(self, width: int, heads: int, context_width: int):
@@ -202,19 +202,19 @@ class UNet(nn.Module):
             self.add_embedding = AddedEmbedding(config.added, config.time_width)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        skips, width = [channels[0]], channels[0]
+        widths, width = [channels[0]], channels[0]  # of the maps that are pushed
         for level in range(levels):
             for _ in range(config.blocks):
                 self.down.append(Stage(width, level, config))
                 width = channels[level]
-                skips.append(width)
+                widths.append(width)
             if level < levels - 1:
                 self.down.append(Downsample(width))
-                skips.append(width)
+                widths.append(width)
         self.middle = Middle(config)
         for level in reversed(range(levels)):
             for _ in range(config.blocks + 1):
-                self.up.append(Stage(width + skips.pop(), level, config))
+                self.up.append(Stage(width + widths.pop(), level, config))
                 width = channels[level]
             if level > 0:
                 self.up.append(Upsample(width))

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from diffusers import ControlNetModel, StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from repository import ROOT
 
 from sdlearn.controlnet import ControlNet
 from sdlearn.inversion import add_embedding, read_embedding
 from sdlearn.lora import load_lora, merge
 from sdlearn.pipeline import StableDiffusion
+from sdlearn.tiny.crops import load_crops
 from sdlearn.tiny.inpainting import load_inpainting
 
 pytestmark = pytest.mark.slow
@@ -16,7 +17,7 @@ TINY = ROOT / "checkpoints" / "tiny"
 LORAS, WORDS = sorted(TINY.glob("lora/*")), sorted(TINY.glob("embeddings/*"))
 CONTROLNETS = sorted(TINY.glob("controlnet-*"))
 ELSEWHERE = {"text_encoder", "vae", "unet", "clip"}  # test_tiny_diffusers.py
-OURS = {"judge", "crops"}  # a ruler and an experiment of this course, in no format of theirs
+OURS = {"judge"}  # a ruler of ours, in no format of theirs
 
 
 def names(paths):
@@ -45,7 +46,7 @@ def far(ours, theirs):
 def test_no_file_is_forgotten():
     there = {path.relative_to(TINY).parts[0] for path in TINY.rglob("*.safetensors")}
     here = {path.relative_to(TINY).parts[0] for path in (*LORAS, *WORDS, *CONTROLNETS)}
-    assert there - OURS == here | ELSEWHERE | {"inpainting"} and len(here) >= 4
+    assert there - OURS == here | ELSEWHERE | {"inpainting", "crops"} and len(here) >= 4
 
 
 @pytest.mark.parametrize("path", LORAS, ids=names(LORAS))
@@ -87,3 +88,15 @@ def test_the_inpainting_twin(tmp_path):
     theirs = StableDiffusionInpaintPipeline.from_pretrained(tmp_path, safety_checker=None, dtype=torch.float32)
     assert theirs.unet.config.in_channels == 9
     assert far(nine.unet(*questions(9)), theirs.unet(*questions(9)).sample) <= 1e-4
+
+
+@torch.no_grad()
+def test_the_twin_that_is_told_of_crops(tmp_path):
+    """Its six ids go where SDXL's go; there is no pooled text."""
+    told = load_crops(TINY)
+    told.save(tmp_path, torch.float32)
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    ids = torch.tensor([[128, 128, 0, 64, 128, 128]] * 2)
+    added = {"text_embeds": torch.zeros(2, 0), "time_ids": ids}
+    ours = told.unet(*questions(), pooled=torch.zeros(2, 0), ids=ids)
+    assert far(ours, theirs(*questions(), added_cond_kwargs=added).sample) <= 1e-4

@@ -27,6 +27,8 @@ MOVING = {  # what moves under the reader's finger: a chapter, and the names of 
     "13_samplers": ["looks"],
     "14_inpainting": ["step"],
     "16_controlnet": ["scale"],
+    "17_sdxl": ["columns cut off"],
+    "18_lcm": ["t"],
 }
 FIGURES = "figure:has(input[type=range]), figure:has(.moving-word)"
 FOLDS = ".bd-article .admonition.toggle, .bd-article .admonition.dropdown"

@@ -22,7 +22,7 @@ CLIP_RULES = (  # ours -> transformers'; both towers
     (r"\.fc(\d)\.", r".mlp.fc\1."),
     (r"\.to_([qkv])\.", r".\1_proj."),
     (r"\.to_out\.", ".out_proj."),
-    (r"^pre_layernorm", "pre_layrnorm"),  # misspelt there, for ever
+    (r"^pre_layernorm", "pre_layrnorm"),  # misspelt there to this day
 )
 OPEN_CLIP_RULES = (  # ours -> OpenCLIP's text tower, its fused tensors taken apart
     (r"^position_embedding\.weight", "positional_embedding"),
@@ -258,7 +258,7 @@ def variant(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
 
 
 TABLE = r"(betas|alphas_cumprod)(_prev)?$"
-IGNORED = {  # how a name begins -> why nobody needs such a tensor for drawing
+IGNORED = {  # how a name begins -> why drawing needs no such tensor
     rf"(log_)?(one_minus_)?(sqrt_)?(recip_?|recipm1_|one_minus_)?{TABLE}": (
         "a table of the noise schedule, which follows from two numbers"
     ),

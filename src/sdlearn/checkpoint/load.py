@@ -76,25 +76,6 @@ from sdlearn.unet import AddedEmbedding, UNet, UNetConfig
 from sdlearn.vae import VAE, VAEConfig
 
 
-class SkipInitialisation(TorchFunctionMode):
-    """Numbers that are overwritten at once need not be drawn: on the meta device that
-    would import half a compiler."""
-
-    def __torch_function__(
-        self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None
-    ) -> Any:
-        if function.__name__ in ("normal_", "uniform_", "mul"):
-            return args[0] if args else kwargs["tensor"]
-        function = torch.empty if function is torch.randn else function
-        return function(*args, **(kwargs or {}))
-
-
-def empty(make: Callable[..., Any], *config: object) -> Any:
-    """A model without memory behind its tensors: only their shapes."""
-    with torch.device("meta"), SkipInitialisation():
-        return make(*config)
-
-
 class Network(NamedTuple):
     """A network before its numbers are read: each of its tensors has its place."""
 
@@ -169,62 +150,6 @@ def fit(
         del theirs, shaped  # with them goes the view of the file
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
-
-
-def check_numbers(tensor: Tensor, converted: Tensor, what: str) -> None:
-    """No NaN and no infinity, neither from the file nor from the conversion."""
-
-    def finite(x: Tensor) -> bool:
-        moved = x.ndim == 4 and not x.is_contiguous()  # in memory's own order
-        x = x.movedim(1, -1) if moved else x
-        x = x if x.itemsize > 1 else x.float()
-        return not x.numel() or all(map(math.isfinite, torch.aminmax(x)))
-
-    if not finite(converted):
-        if finite(tensor):
-            kind = str(converted.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"{what} has numbers too large for {kind}: take another --dtype"
-            )
-        raise ValueError(
-            f"{what} holds NaN or infinite numbers: the file is spoiled, take another "
-            "copy"
-        )
-
-
-def types_of(network: Network, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """The type that each tensor will have; dtype None: that of the file."""
-    _, tensors, names, _ = network
-    return {x: dtype or getattr(torch, entry(tensors, names[x])[0]) for x in names}
-
-
-def memory_of(network: Network, dtype: torch.dtype | None) -> int:
-    """How many bytes it will take."""
-    kinds, places = types_of(network, dtype), network.model.state_dict()
-    return sum(x.numel() * kinds[name].itemsize for name, x in places.items())
-
-
-def free_memory(device: torch.device | str) -> int | None:
-    """Bytes that are free there; None where nobody can tell."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if kind != "cpu" or not Path("/proc/meminfo").exists():
-        return None
-    found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-    return int(found[1]) * 1024 if found else None
-
-
-def check_memory(need: int, device: torch.device | str, source: str | Path) -> None:
-    """Say it before the machine stands still."""
-    free, there = free_memory(device), torch.device(device).type
-    if free is not None and need > free:
-        advice = "" if there == "cpu" else "add --offload, "
-        raise ValueError(
-            f"{source} needs {human(need)} of memory, but only {human(free)} are free: "
-            f"{advice}close other programs, or take a smaller precision, such as "
-            "--dtype bf16"
-        )
 
 
 Config = UNetConfig | VAEConfig | CLIPTextConfig
@@ -337,7 +262,9 @@ class Plan(NamedTuple):
     tokenizers: dict[str, Tokenizer | str]  # a text: CLIP's own, padded with it
     networks: dict[str, Network]  # text_encoder, vae, unet; SDXL: text_encoder_2
     schedule: Schedule
-    prediction: Prediction | None  # None: nobody says, the U-Net has to be asked
+    prediction: (
+        Prediction | None
+    )  # None: the file does not say, the U-Net has to be asked
     size: tuple[int, int]
 
 
@@ -623,7 +550,8 @@ def kept(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
 def asked_prediction(unet: UNet) -> Prediction:
     """Does it answer the noise, or v? It is shown noise alone, at the last time.
 
-    Whoever predicts noise then answers what it saw; v is there minus the picture.
+    A network that predicts noise then answers what it saw; v is there minus the
+    picture.
     """
     dice, config = torch.Generator().manual_seed(0), unet.config
     weight = unet.conv_in.weight
@@ -633,6 +561,81 @@ def asked_prediction(unet: UNet) -> Prediction:
     answer = unet(torch.cat([noise, more], dim=1), torch.tensor([999]), words)
     alike = torch.cosine_similarity(answer.flatten(), noise.flatten(), dim=0)
     return EPSILON if alike > 0.5 else V
+
+
+class SkipInitialisation(TorchFunctionMode):
+    """Numbers that are overwritten at once need not be drawn: on the meta device that
+    would import half a compiler."""
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        if function.__name__ in ("normal_", "uniform_", "mul"):
+            return args[0] if args else kwargs["tensor"]
+        function = torch.empty if function is torch.randn else function
+        return function(*args, **(kwargs or {}))
+
+
+def empty(make: Callable[..., Any], *config: object) -> Any:
+    """A model without memory behind its tensors: only their shapes."""
+    with torch.device("meta"), SkipInitialisation():
+        return make(*config)
+
+
+def check_numbers(tensor: Tensor, converted: Tensor, what: str) -> None:
+    """No NaN and no infinity, neither from the file nor from the conversion."""
+
+    def finite(x: Tensor) -> bool:
+        moved = x.ndim == 4 and not x.is_contiguous()  # in memory's own order
+        x = x.movedim(1, -1) if moved else x
+        x = x if x.itemsize > 1 else x.float()
+        return not x.numel() or all(map(math.isfinite, torch.aminmax(x)))
+
+    if not finite(converted):
+        if finite(tensor):
+            kind = str(converted.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{what} has numbers too large for {kind}: take another --dtype"
+            )
+        raise ValueError(
+            f"{what} holds NaN or infinite numbers: the file is spoiled, take another "
+            "copy"
+        )
+
+
+def types_of(network: Network, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """The type that each tensor will have; dtype None: that of the file."""
+    _, tensors, names, _ = network
+    return {x: dtype or getattr(torch, entry(tensors, names[x])[0]) for x in names}
+
+
+def memory_of(network: Network, dtype: torch.dtype | None) -> int:
+    """How many bytes it will take."""
+    kinds, places = types_of(network, dtype), network.model.state_dict()
+    return sum(x.numel() * kinds[name].itemsize for name, x in places.items())
+
+
+def free_memory(device: torch.device | str) -> int | None:
+    """Bytes that are free there; None where it cannot be told."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if kind != "cpu" or not Path("/proc/meminfo").exists():
+        return None
+    found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024 if found else None
+
+
+def check_memory(need: int, device: torch.device | str, source: str | Path) -> None:
+    """Say it before the machine stands still."""
+    free, there = free_memory(device), torch.device(device).type
+    if free is not None and need > free:
+        advice = "" if there == "cpu" else "add --offload, "
+        raise ValueError(
+            f"{source} needs {human(need)} of memory, but only {human(free)} are free: "
+            f"{advice}close other programs, or take a smaller precision, such as "
+            "--dtype bf16"
+        )
 
 
 def named(model: Any, ldm: bool = False) -> dict[str, Tensor]:

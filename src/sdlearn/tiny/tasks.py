@@ -59,6 +59,101 @@ def normal(rngs: Sequence[random.Random], *shape: int) -> Tensor:
     )
 
 
+def numbered_scene(number: int) -> Scene:
+    """The training scene of this number, the same in every run."""
+    return random_scene(random.Random(number))
+
+
+@torch.no_grad()
+def encode_scenes(vae: VAE, numbers: range, batch: int = 32) -> Tensor:
+    """The latents of numbered scenes, unscaled: means (N, 4, 16, 16), float16."""
+    device = next(vae.parameters()).device
+    chunks = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
+    pictures = (
+        torch.stack([to_tensor(numbered_scene(n).render()) for n in chunk])
+        for chunk in chunks
+    )
+    return torch.cat(
+        [vae.unscaled(x.to(device)).mean.float().cpu() for x in pictures]
+    ).half()
+
+
+class PlainTask(Task):
+    """Tell the noise in noisy latents, given the words; one caption in ten is empty.
+
+    Ho et al. 2020, algorithm 1. Only the U-Net learns; the text encoder is frozen.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        text_encoder: CLIPTextEncoder,
+        tokenizer: Tokenizer,
+        latents: Tensor,
+        schedule: Schedule,
+        drop: float = 0.1,
+        prediction: Prediction = EPSILON,
+    ):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder.requires_grad_(False)
+        self.tokenizer, self.latents, self.schedule = tokenizer, latents, schedule
+        self.drop, self.prediction = drop, prediction
+
+    def times(self, rngs: Sequence[random.Random]) -> Tensor:
+        """A time for each example: (B,), all with the same chance."""
+        return torch.tensor([rng.randrange(self.schedule.steps) for rng in rngs])
+
+    def fresh_noise(self, rngs: Sequence[random.Random]) -> Tensor:
+        """Noise for each example, in the shape of its latents."""
+        return normal(rngs, *self.latents.shape[1:])
+
+    def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
+        numbers = [rng.randrange(len(self.latents)) for rng in rngs]
+        told = [
+            (rng.random() < self.drop, numbered_scene(n).caption(rng))
+            for n, rng in zip(numbers, rngs, strict=True)
+        ]
+        texts = ["" if dropped else caption for dropped, caption in told]
+        return {
+            "latents": self.latents[numbers].float(),
+            "tokens": self.tokenizer(texts),
+            "t": self.times(rngs),
+            "noise": self.fresh_noise(rngs),
+            "number": torch.tensor(numbers),
+        }
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        x0, noise, t = batch["latents"], batch["noise"], batch["t"]
+        level = self.schedule.at(t)
+        xt = add_noise(x0, noise, level).contiguous(memory_format=torch.channels_last)
+        answer = self.unet(xt, t, self.text_encoder(batch["tokens"])).float()
+        return self.losses(answer, self.prediction.target(x0, noise, level), t)
+
+    def losses(self, answer: Tensor, target: Tensor, t: Tensor) -> dict[str, Tensor]:
+        return {"loss": (answer - target).square().mean()}
+
+
+def latent_bank(vae: VAE, count: int, path: Path, chunk: int = 2048) -> Tensor:
+    """encode_scenes of the first `count` scenes, kept in a file.
+
+    An interrupted or a larger run goes on with it.
+    """
+    bank = torch.load(path, weights_only=True) if path.exists() else torch.empty(0)
+    while len(bank) < count:
+        more = encode_scenes(vae, range(len(bank), min(len(bank) + chunk, count)))
+        bank = torch.cat([bank.half(), more]) if len(bank) else more
+        write_files({path: partial(torch.save, bank)})
+    return bank[:count]
+
+
+PREVIEW = (
+    "a red apple on a blue background",
+    "a cat on a yellow background",
+    "a purple guitar to the left of a tiger on a white background",
+    "a yellow star above a green bus on a pink background",
+)
+
+
 def loss_weights(
     schedule: Schedule,
     prediction: Prediction = EPSILON,
@@ -79,6 +174,78 @@ def loss_weights(
     in_eps = prediction.split(0 * one, one, level)[1]  # an answer off by one, in eps
     weights = in_eps**2 * (snr.clamp(max=most) + 1) / (snr + floor)
     return (weights / weights.mean()).flatten()
+
+
+class DenoiseTask(PlainTask):
+    """PlainTask with weights and chances by time, offset noise, and previews.
+
+    offset: how much each channel's mean of the noise varies beyond chance. The schedule
+    never quite reaches pure noise, so the background shines through at t = 999, and
+    would be read there instead of in the words (Lin et al. 2024, section 3.1). Offset
+    noise hides it (Guttenberg 2023; SDXL: Podell et al. 2024, section 2.5).
+    joint: the text encoder learns, too. vae: draws the previews.
+    """
+
+    weights: Tensor
+
+    def __init__(
+        self,
+        unet: UNet,
+        text_encoder: CLIPTextEncoder,
+        tokenizer: Tokenizer,
+        latents: Tensor,
+        schedule: Schedule,
+        drop: float = 0.1,
+        offset: float = 0.1,
+        joint: bool = False,
+        vae: VAE | None = None,
+        prediction: Prediction = EPSILON,
+    ):
+        plain = unet, text_encoder, tokenizer, latents, schedule, drop, prediction
+        super().__init__(*plain)
+        self.text_encoder.requires_grad_(joint)
+        self.vae = vae.requires_grad_(False) if vae else None  # only for the preview
+        self.offset = offset
+        weights = loss_weights(schedule, prediction)
+        # how often a time is drawn, 1 on average: half of them where errors count
+        self.often = (1 + weights) / 2
+        self.chances = list(accumulate(self.often.tolist()))
+        self.register_buffer("weights", weights, persistent=False)
+
+    def times(self, rngs: Sequence[random.Random]) -> Tensor:
+        """A time for each example: (B,), t as often as `often[t]` says."""
+        last = self.chances[-1]
+        return torch.tensor([bisect(self.chances, rng.random() * last) for rng in rngs])
+
+    def fresh_noise(self, rngs: Sequence[random.Random]) -> Tensor:
+        """Noise whose mean over the map varies too, channel by channel."""
+        noise = super().fresh_noise(rngs)
+        return noise + self.offset * normal(rngs, self.latents.shape[1], 1, 1)
+
+    def losses(self, answer: Tensor, target: Tensor, t: Tensor) -> dict[str, Tensor]:
+        error = (answer - target).square().mean(dim=(1, 2, 3))
+        error = error / self.often.to(t.device)[t]  # drawn twice as often, counts half
+        return {"loss": (self.weights[t] * error).mean(), "plain": error.mean()}
+
+    @torch.inference_mode()
+    def preview(
+        self, prompts: Sequence[str] = PREVIEW, steps: int = 25, scale: float = 5.0
+    ) -> Tensor:
+        """A picture for each prompt, always from the same noise: (B, 3, 128, 128)."""
+        if self.vae is None:
+            raise ValueError("a preview needs the VAE: give the task one")
+        device = self.weights.device
+        context, empty = (
+            {"context": self.text_encoder(self.tokenizer(text).to(device))}
+            for text in (list(prompts), "")
+        )
+        dice = [random.Random(i) for i in range(len(prompts))]
+        noise = normal(dice, *self.latents.shape[1:]).to(device)
+        guided = Guided(self.unet, context, empty, scale)
+        denoise = Denoiser(guided, self.schedule, self.prediction)
+        levels = self.schedule.levels(steps, clean=SAMPLERS["ddim"].clean)
+        *_, last = sample(denoise, noise, levels, "ddim")
+        return self.vae.decode(last.latents)
 
 
 class VAETask(Task):
@@ -161,8 +328,8 @@ def doodle(rng: random.Random) -> np.ndarray:
 class DecoderTask(VAETask):
     """VAETask for the decoder alone: the encoder stays, and latents keep their meaning.
 
-    noise: latents are off by up to so many standard deviations. doodles: the share of
-    pictures that show nothing.
+    noise: how far off latents are at most, in standard deviations. doodles: the share
+    of pictures that show nothing.
     """
 
     def __init__(self, vae: VAE, noise: float = 0.2, doodles: float = 0.25):
@@ -362,144 +529,12 @@ class PlacesTask(Task):
         return {"loss": loss} | losses | {"sides": prefers.float().mean()}
 
 
-def numbered_scene(number: int) -> Scene:
-    """Training scene number so-and-so: the same for everyone."""
-    return random_scene(random.Random(number))
-
-
-@torch.no_grad()
-def encode_scenes(vae: VAE, numbers: range, batch: int = 32) -> Tensor:
-    """The latents of numbered scenes, unscaled: means (N, 4, 16, 16), float16."""
-    device = next(vae.parameters()).device
-    chunks = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
-    pictures = (
-        torch.stack([to_tensor(numbered_scene(n).render()) for n in chunk])
-        for chunk in chunks
-    )
-    return torch.cat(
-        [vae.unscaled(x.to(device)).mean.float().cpu() for x in pictures]
-    ).half()
-
-
-def latent_bank(vae: VAE, count: int, path: Path, chunk: int = 2048) -> Tensor:
-    """encode_scenes of the first `count` scenes, kept in a file.
-
-    An interrupted or a larger run goes on with it.
-    """
-    bank = torch.load(path, weights_only=True) if path.exists() else torch.empty(0)
-    while len(bank) < count:
-        more = encode_scenes(vae, range(len(bank), min(len(bank) + chunk, count)))
-        bank = torch.cat([bank.half(), more]) if len(bank) else more
-        write_files({path: partial(torch.save, bank)})
-    return bank[:count]
-
-
-PREVIEW = (
-    "a red apple on a blue background",
-    "a cat on a yellow background",
-    "a purple guitar to the left of a tiger on a white background",
-    "a yellow star above a green bus on a pink background",
-)
-
-
-class DenoiseTask(Task):
-    """Tell the noise in noisy latents, given the words; one caption in ten is empty.
-
-    Ho et al. 2020, algorithm 1.
-
-    offset: how much each channel's mean of the noise varies beyond chance. The schedule
-    never quite reaches pure noise, so the background shines through at t = 999, and
-    would be read there instead of in the words (Lin et al. 2023, section 3.1). Offset
-    noise hides it; SDXL was trained so too (Podell et al. 2024, section 2.5).
-    """
-
-    weights: Tensor
-
-    def __init__(
-        self,
-        unet: UNet,
-        text_encoder: CLIPTextEncoder,
-        tokenizer: Tokenizer,
-        latents: Tensor,
-        schedule: Schedule,
-        drop: float = 0.1,
-        offset: float = 0.1,
-        joint: bool = False,
-        vae: VAE | None = None,
-        prediction: Prediction = EPSILON,
-    ):
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder.requires_grad_(joint)
-        self.vae = vae.requires_grad_(False) if vae else None  # only for the preview
-        self.tokenizer, self.latents, self.schedule = tokenizer, latents, schedule
-        self.drop, self.offset, self.prediction = drop, offset, prediction
-        weights = loss_weights(schedule, prediction)
-        # how often a time is drawn, 1 on average: half of them where errors count
-        self.often = (1 + weights) / 2
-        self.chances = list(accumulate(self.often.tolist()))
-        self.register_buffer("weights", weights, persistent=False)
-
-    def times(self, rngs: Sequence[random.Random]) -> Tensor:
-        """A time for each example: (B,), t as often as `often[t]` says."""
-        last = self.chances[-1]
-        return torch.tensor([bisect(self.chances, rng.random() * last) for rng in rngs])
-
-    def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
-        numbers = [rng.randrange(len(self.latents)) for rng in rngs]
-        told = [
-            (rng.random() < self.drop, numbered_scene(n).caption(rng))
-            for n, rng in zip(numbers, rngs, strict=True)
-        ]
-        texts = ["" if dropped else caption for dropped, caption in told]
-        channels, *size = self.latents.shape[1:]
-        return {
-            "latents": self.latents[numbers].float(),
-            "tokens": self.tokenizer(texts),
-            "t": self.times(rngs),
-            "noise": normal(rngs, channels, *size)
-            + self.offset * normal(rngs, channels, 1, 1),
-            "number": torch.tensor(numbers),
-        }
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        x0, noise, t = batch["latents"], batch["noise"], batch["t"]
-        level = self.schedule.at(t)
-        xt = add_noise(x0, noise, level).contiguous(memory_format=torch.channels_last)
-        answer = self.unet(xt, t, self.text_encoder(batch["tokens"])).float()
-        return self.losses(answer, self.prediction.target(x0, noise, level), t)
-
-    def losses(self, answer: Tensor, target: Tensor, t: Tensor) -> dict[str, Tensor]:
-        error = (answer - target).square().mean(dim=(1, 2, 3))
-        error = error / self.often.to(t.device)[t]  # drawn twice as often, counts half
-        return {"loss": (self.weights[t] * error).mean(), "plain": error.mean()}
-
-    @torch.inference_mode()
-    def preview(
-        self, prompts: Sequence[str] = PREVIEW, steps: int = 25, scale: float = 5.0
-    ) -> Tensor:
-        """A picture for each prompt, always from the same noise: (B, 3, 128, 128)."""
-        if self.vae is None:
-            raise ValueError("a preview needs the VAE: give the task one")
-        device = self.weights.device
-        context, empty = (
-            {"context": self.text_encoder(self.tokenizer(text).to(device))}
-            for text in (list(prompts), "")
-        )
-        dice = [random.Random(i) for i in range(len(prompts))]
-        noise = normal(dice, *self.latents.shape[1:]).to(device)
-        guided = Guided(self.unet, context, empty, scale)
-        denoise = Denoiser(guided, self.schedule, self.prediction)
-        levels = self.schedule.levels(steps, clean=SAMPLERS["ddim"].clean)
-        *_, last = sample(denoise, noise, levels, "ddim")
-        return self.vae.decode(last.latents)
-
-
 class HintedTask(DenoiseTask):
     """DenoiseTask with a hint: the middle of the U-Net says what lies where.
 
-    After Yu et al. 2025, section 3, where the middle of a transformer has to say what a
-    trained image encoder sees. The layer that says it is thrown away when training
-    ends.
+    After Yu et al. 2025, section 3, where an early layer of a transformer has to say
+    what a trained image encoder sees. The layer that says it is thrown away when
+    training ends.
     """
 
     def __init__(self, unet: UNet, *others: Any, hint: float = 0.15, **more: Any):

@@ -84,7 +84,10 @@ def test_the_sizes_of_the_notation_are_those_of_the_models():
     widths = [c // n for c, n in zip(unet.channels, unet.heads, strict=True)]
     assert page["S"][2] == str(text.positions) and page["D"][2] == str(text.width) == str(unet.context_width)
     assert page["E"][2] == str(unet.time_width) and page["T"][2] == "4,096 at most"
-    assert page["K"][2] == f"{min(widths)} to {max(widths)} in the U-Net"
+    heads = f"{max(unet.heads)} in the U-Net, {text.heads} in the text encoder, 1 in the VAE"
+    assert page["N"][2] == heads
+    others = f"{text.width // text.heads} in the text encoder, {VAEConfig().channels[-1]} in the VAE"
+    assert page["K"][2] == f"{min(widths)} to {max(widths)} in the U-Net, {others}"
     assert page["C"][2] == f"{min(unet.channels)} to {max(unet.channels)} in the U-Net"
 
 

@@ -63,9 +63,10 @@ def film(sd: StableDiffusion) -> None:
 
 def repaint(sd: StableDiffusion) -> None:
     """Image-to-image: a picture, and what another sentence makes of it at five strengths."""
-    start = sd.txt2img(PROMPTS[0], seed=SEED, steps=50, sampler="ddim")[0]
-    wish, strengths = "a green apple on a yellow background", (0.1, 0.2, 0.3, 0.6, 1.0)
-    pictures = [sd.img2img(wish, start, s, seed=SEED + 1, steps=50, sampler="ddim")[0] for s in strengths]
+    how = {"steps": 25, "sampler": "ddim", "cfg_scale": 4}
+    start = sd.txt2img("a green house on a blue background", seed=SEED, **how)[0]
+    wish, strengths = "a red mushroom on a yellow background", (0.2, 0.4, 0.6, 0.8, 1.0)
+    pictures = [sd.img2img(wish, start, strength=s, seed=SEED + 1, **how)[0] for s in strengths]
     figure, axes = plt.subplots(1, 6, figsize=(9.6, 1.9), layout="constrained", facecolor="white")
     titles = ["the picture", *(f"strength {s}" for s in strengths)]
     for axis, picture, title in zip(axes, [start, *pictures], titles, strict=True):

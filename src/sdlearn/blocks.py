@@ -9,7 +9,7 @@ from sdlearn.attention import Attention
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a way around them: (B, C, H, W) -> (B, out_channels, H, W).
+    """Two convolutions and a shortcut: (B, C, H, W) -> (B, out_channels, H, W).
 
     With time_width, a time embedding (B, time_width) is added between them. He et al.
     2016; Ho et al. 2020, appendix B.

@@ -30,7 +30,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 class CLIPLayer(nn.Module):
-    """A pre-LayerNorm layer: attention and two linear layers, ways around both.
+    """A pre-LayerNorm layer: attention and an MLP, a residual connection around each.
 
     exact_gelu: between them the true GELU, as in OpenCLIP, not CLIP's QuickGELU.
     """
@@ -122,7 +122,10 @@ class CLIPTextEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class CLIPImageConfig:
-    """The sizes of an image tower; the defaults are CLIP ViT-L/14's."""
+    """The sizes of an image tower; the defaults are CLIP ViT-L/14's.
+
+    OpenAI's weights want pictures with their own mean and deviation, not [-1, 1].
+    """
 
     size: int = 224
     patch: int = 14
@@ -173,7 +176,7 @@ class CLIPImageEncoder(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Two towers: matching pictures and sentences point in the same direction.
+    """Two towers: a picture and its sentence point in the same direction.
 
     Radford et al. 2021, figure 3.
     """

@@ -48,7 +48,7 @@ def test_outlines_alone(sd):
     how = {"steps": 12, "sampler": "dpmpp_2m_sde", "spacing": "karras", "cfg_scale": 1.0}
     drawn = [sd.txt2img("", control=[(net, page, 1.4)], seed=i, **how)[0] for i, page in enumerate(pages)]
     recall, precision = np.mean([followed(a, b) for a, b in zip(drawn, pages, strict=True)], axis=0)
-    assert recall >= 0.95 and precision >= 0.98
+    assert recall >= 0.9 and precision >= 0.95
     names = [
         set(found.things) == {x.name for x in scene.things} for found, scene in zip(judged(drawn), scenes, strict=True)
     ]

@@ -139,6 +139,24 @@ def test_export_writes_a_checkpoint_that_the_pipeline_loads(runs, tmp_path):
     assert 100 <= len(history) <= 200 and history[-1]["step"] == 1000
     previews = sorted(path.name for path in (folder / "history").glob("preview-*"))
     assert len(previews) == 8 and previews[0] == "preview-000500.jpg" and previews[-1] == "preview-010000.jpg"
+    assert f"| 1,000 | {1000 * STAGES['unet'].batch:,} |" in (folder / "history" / "stages.md").read_text("utf-8")
+
+
+def test_the_table_of_stages_adds_up_what_the_logs_say(tmp_path):
+    """Steps, samples and hours; a run that went on with another speed; a log without speeds."""
+    batch = STAGES["unet"].batch
+    logs = {
+        "unet": [{"step": s, "weighted": w, "examples_per_second": batch / v} for s, w, v in
+                 ((50, 1.0, 36.0), (100, 0.5, 36.0), (200, 0.25, 72.0))],
+        "vae": [{"step": 10, "psnr": 20.0}, {"step": 20, "psnr": 30.04}],
+    }  # fmt: skip
+    for stage, lines in logs.items():
+        (tmp_path / f"{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = tiny.stage_table(tmp_path).splitlines()
+    assert table[2:] == [
+        f"| `vae` | 20 | {20 * STAGES['vae'].batch} | not told | psnr 20 → 30 |",
+        f"| `unet` | 200 | {200 * batch:,} | 3.0 | weighted 1 → 0.25 |",
+    ]
 
 
 @pytest.mark.slow

@@ -201,7 +201,8 @@ def train(
     first = resume(folder / "state.pt", task, optimizer, average, recipe)
     model, optimizer = accelerator.prepare(task, optimizer)
     accelerator.init_trackers("tensorboard")
-    started = saved = time.perf_counter()
+    told, since = first, time.perf_counter()
+    saved = since
     for step in range(first, recipe.steps):
         batch = task.examples(
             generators(recipe, step)[rank * share : (rank + 1) * share]
@@ -223,9 +224,9 @@ def train(
                 "norm": float(norm),
                 "lr": recipe.rate(step),
             }
-            scalars["examples_per_second"] = (
-                (done - first) * recipe.batch / (time.perf_counter() - started)
-            )
+            count, now = recipe.batch * (done - told), time.perf_counter()
+            scalars["examples_per_second"] = count / (now - since)
+            told, since = done, now
             accelerator.log(scalars, step=done)
             report(done, scalars)
         late = time.perf_counter() - saved > 60 * save_minutes

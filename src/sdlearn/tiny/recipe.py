@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -240,6 +241,8 @@ def export(runs: Path, folder: Path) -> None:
                 place = folder / path.relative_to(aside)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, place)
+            table = text_writer(stage_table(folder / "history"))
+            write_files({folder / "history" / "stages.md": table})
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -261,6 +264,42 @@ def text_writer(text: str) -> Callable[[Path], object]:
 
 def bytes_writer(content: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(content)
+
+
+SIGNS = {  # the number in a stage's log that says best what it learned
+    "clip": "texts_found",
+    "vae": "psnr",
+    "decoder": "psnr",
+    "judge": "cells_right",
+    "places": "sides",
+    "unet": "weighted",
+    "guided": "guided",
+}
+
+
+def stage_table(history: Path) -> str:
+    """What the logs of the stages say, as a table in Markdown.
+
+    The hours are those of the training loop, where it told its speed.
+    """
+    rows = ["| Stage | Steps | Samples | Hours | From its first report to its last |"]
+    rows.append("|---|---|---|---|---|")
+    for stage, sign in SIGNS.items():
+        path = history / f"{stage}.jsonl"
+        if not path.exists():
+            continue
+        log = [json.loads(line) for line in read_text(path).splitlines()]
+        batch, spent, before = STAGES[stage].batch, 0.0, 0
+        for line in log:
+            count = batch * max(line["step"] - before, 0)
+            spent += count / line.get("examples_per_second", math.nan)
+            before = line["step"]
+        hours = "not told" if math.isnan(spent) else f"{spent / 3600:.1f}"
+        said = [f"{line[sign]:.3g}" for line in log if sign in line]
+        signs = f"{sign} {said[0]} → {said[-1]}" if said else "not told"
+        count = f"{before:,} | {batch * before:,}"
+        rows.append(f"| `{stage}` | {count} | {hours} | {signs} |")
+    return "\n".join(rows) + "\n"
 
 
 def keep_previews(source: Path, target: Path, most: int = 8) -> None:

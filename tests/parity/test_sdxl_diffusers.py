@@ -1,21 +1,26 @@
 """SD 2, SDXL and its refiner, as deep as they are and much narrower, beside diffusers and transformers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
+    LCMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from family import SIZES, family, save_family, save_single
+from full_model import fill
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlearn.checkpoint.configs import text_to_json, unet_to_json
 from sdlearn.checkpoint.dialects import rename
+from sdlearn.checkpoint.inspect import inspect
 from sdlearn.checkpoint.load import SIZES as REAL
 from sdlearn.checkpoint.load import build, empty, plan, rules, save
 from sdlearn.clip import CLIPTextEncoder
@@ -114,6 +119,26 @@ def draw_theirs(pipe, latents, prompt=PROMPT, negative=None, **how):
     how |= {"num_inference_steps": 4, "guidance_scale": 5.0} | how
     how |= {} if latents is None else {"latents": latents, "height": 64, "width": 64}
     return np.asarray(pipe(prompt, negative_prompt=negative, **how).images[0])
+
+
+def test_a_latent_consistency_model_of_sdxl(tmp_path, latents):
+    """A folder with the U-Net of lcm-sdxl, which is told its guidance, beside everything of SDXL."""
+    parts = family("SDXL", deep=False)
+    told = replace(parts.networks["unet"].config, guidance_width=16)
+    parts.networks["unet"] = fill(empty(UNet, told), torch.Generator().manual_seed(1), torch.float32)
+    save(tmp_path, parts, torch.float32)
+    theirs = theirs_of("SDXL", tmp_path)
+    assert isinstance(theirs.scheduler, LCMScheduler) and inspect(tmp_path).description.startswith(
+        "StableDiffusionXLPipeline, LCM"
+    )
+    sd, pictures = StableDiffusion.load(tmp_path, "cpu", torch.float32), []
+    for scale in (2.0, 8.0):
+        how = {"num_inference_steps": 4, "guidance_scale": scale, "generator": torch.Generator().manual_seed(7)}
+        other = theirs(PROMPT, latents=latents, height=64, width=64, **how).images[0]
+        how = {"steps": 4, "sampler": "lcm", "cfg_scale": scale, "seed": 7}
+        pictures += sd.txt2img(PROMPT, latents=latents, **how)
+        assert far(pictures[-1], other) <= 1
+    assert far(*pictures) > 2 and np.asarray(pictures[0]).std() > 5
 
 
 @pytest.fixture

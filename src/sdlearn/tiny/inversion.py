@@ -54,7 +54,7 @@ class PicturesTask(DenoiseTask):
     """DenoiseTask on pictures that somebody gives, each with its caption.
 
     prior: other pictures, which as many examples of a step show. Their error counts
-    `weight` times as much (prior preservation; Ruiz et al. 2023, section 3.2).
+    `weight` times as much (prior preservation; Ruiz et al. 2023, section 3.3).
     """
 
     def __init__(

@@ -127,7 +127,7 @@ class LoraTask(DenoiseTask):
     """Tell the noise in a few new pictures, with a LoRA's numbers alone.
 
     Some examples are old scenes, so that what was known is not lost (prior
-    preservation; Ruiz et al. 2023, section 3.2).
+    preservation; Ruiz et al. 2023, section 3.3).
     """
 
     def __init__(

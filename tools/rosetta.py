@@ -73,7 +73,7 @@ def networks() -> list[Network]:
             lambda name: rename(name, rules(unet, ldm=True)),
             "In diffusers' layout the file is `unet/diffusion_pytorch_model.safetensors`. In a single file every "
             f"CompVis name has `{PREFIXES['unet'][0]}` in front. Our `down` and `up` are flat lists, diffusers cuts "
-            "them into levels $i$, and CompVis counts `conv_in` as number 0 and hides the upsamplers in other blocks.",
+            "them into levels $i$, and CompVis counts `conv_in` as number 0 and puts the upsamplers inside other blocks.",
             "07",
             {ResBlock: ("a ResBlock", "05"), SpatialTransformer: ("a spatial transformer", "07")},
         ),
@@ -401,39 +401,39 @@ def words_table(text: str) -> Iterator[str]:
 INTRO = """# Names elsewhere
 
 The same thing has one name here, another in [diffusers](https://github.com/huggingface/diffusers), and a third in
-[CompVis' code](https://github.com/CompVis/stable-diffusion), the first of Stable Diffusion. This page puts them side by
-side: first every tensor of a checkpoint, then classes, arguments and sizes. It is made by `tools/rosetta.py` from the
-maps with which `sdlearn` loads files ([chapter 11](11_weights.ipynb)), and a test compares it with them, tensor for
-tensor.
+[CompVis' code](https://github.com/CompVis/stable-diffusion), the original code of Stable Diffusion. This page puts the
+three side by side: first for every tensor of a checkpoint, then for classes, arguments and sizes. `tools/rosetta.py`
+makes it from the maps with which `sdlearn` loads files ([chapter 11](11_weights.ipynb)), and a test compares the two,
+tensor by tensor.
 
 ## How to read the patterns
 
 Braces hold a number: with $i = 1$ and $j = 0$, `down.{3i+j}.resnet.` is `down.3.resnet.`. A pattern that ends in a dot
-goes on with a name from the table "Inside ...". Every name ends in `.weight` or `.bias`, which is left out here. The
+is continued by a name from the table "Inside ...". Every name ends in `.weight` or `.bias`, which is left out here. The
 numbers are those of SD 1.5, with two ResBlocks a level; `sdlearn.checkpoint.dialects` has the rules for any size.
 """
 WORDS = """## Classes and functions
 
-An empty cell means that there is no single thing of that kind. CompVis' classes stand in `ldm/`.
+An empty cell means that there is no single counterpart. CompVis' classes are in `ldm/`.
 """
 CALLS = """## Arguments of a call
 
-Ours are the fields of a `Request`, which `StableDiffusion.txt2img` and `img2img` take as keywords. Written with
-hyphens, as in `--cfg-scale`, most of them are options of the command `sdlearn` as well.
+Ours are the fields of a `Request`, which `StableDiffusion.txt2img` and `img2img` take as keywords. Most of them are
+also options of the command `sdlearn`, written with hyphens, as in `--cfg-scale`.
 """
 CONFIGS = """## Sizes and settings
 
 Ours are fields of the frozen dataclasses `UNetConfig`, `VAEConfig`, `CLIPTextConfig` and `Schedule`; diffusers' are
 keys of the JSON beside the weights; CompVis' are keys of `v1-inference.yaml` or arguments of its classes.
 """
-TRAPS = """Four false friends among them:
+TRAPS = """Four of these names are false friends:
 
 - `attention_head_dim` is, for SD 1, the *number* of heads ([chapter 11](11_weights.ipynb)).
-- CompVis calls "linear" what diffusers and we call "scaled_linear"; our "linear" is its "sqrt_linear"
+- What CompVis calls "linear" is "scaled_linear" in diffusers and here; our "linear" is its "sqrt_linear"
   ([chapter 08](08_ddpm.ipynb)).
 - `clip_skip=1` here and in diffusers leaves out one layer; many other tools call that "clip skip 2"
   ([chapter 03](03_clip.ipynb)).
-- The paper on guidance counts from 0: its $w$ is our `cfg_scale` - 1 ([chapter 10](10_guidance.ipynb)).
+- In the paper on guidance, 0 means no guidance: its $w$ is our `cfg_scale` - 1 ([chapter 10](10_guidance.ipynb)).
 """
 
 

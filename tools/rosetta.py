@@ -73,7 +73,7 @@ def networks() -> list[Network]:
             lambda name: rename(name, rules(unet, ldm=True)),
             "In diffusers' layout the file is `unet/diffusion_pytorch_model.safetensors`. In a single file every "
             f"CompVis name has `{PREFIXES['unet'][0]}` in front. Our `down` and `up` are flat lists, diffusers cuts "
-            "them into levels $i$, and CompVis counts `conv_in` as number 0 and puts the upsamplers inside other blocks.",
+            "them into levels $i$, and CompVis counts `conv_in` as number 0 and has upsamplers inside other blocks.",
             "07",
             {ResBlock: ("a ResBlock", "05"), SpatialTransformer: ("a spatial transformer", "07")},
         ),

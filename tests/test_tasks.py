@@ -268,8 +268,15 @@ def test_a_layout_says_what_lies_where():
 def test_places_task(tokenizer):
     torch.manual_seed(0)
     task = PlacesTask(make_clip(tokenizer).text_encoder, tokenizer)
-    shapes = {"tokens": (8, 77), "layout": (8, 2, 16), "mirrored": (8, 2, 16), "background": (8,), "told": (8,)}
+    shapes = {"tokens": (8, 77), "layout": (8, 2, 16), "mirrored": (8, 2, 16), "background": (8,), "told": (8,),
+              "seen": (77,)}  # fmt: skip
     batch, _ = check_examples(task, 8, shapes)
+    seen = torch.stack([task.examples(rngs(1, i))["seen"] for i in range(50)])
+    assert 0.55 < seen[:, :24].float().mean() < 0.65 and seen[:, 24:].all()
+    looked = []
+    task.places.attention.register_forward_pre_hook(lambda layer, inputs: looked.append(inputs[1].shape[1]))
+    task(batch)
+    assert looked == [batch["seen"].sum()] and looked[0] < 77
     told = batch["told"]
     assert told.any() and not told.all()
     assert (batch["layout"] != batch["mirrored"]).flatten(1).any(dim=1)[told].all()

@@ -474,11 +474,16 @@ class Places(nn.Module):
 class PlacesTask(Task):
     """Tell from the words alone what lies where.
 
-    Sixteen places ask the context, as a U-Net's positions will.
+    Sixteen places ask the context, as a U-Net's positions will. seen: the share of the
+    first tokens that they may look at in one step. What is known must then be readable
+    in several tokens, among them the colour's own, which never saw its object.
     """
 
-    def __init__(self, text_encoder: CLIPTextEncoder, tokenizer: Tokenizer):
+    def __init__(
+        self, text_encoder: CLIPTextEncoder, tokenizer: Tokenizer, seen: float = 0.6
+    ):
         super().__init__()
+        self.seen = seen
         self.text_encoder, self.tokenizer = text_encoder.requires_grad_(True), tokenizer
         self.places = Places(text_encoder.config.width, text_encoder.config.heads)
 
@@ -493,7 +498,11 @@ class PlacesTask(Task):
             scene.mirrored() if pair else scene
             for scene, pair in zip(scenes, told, strict=True)
         ]
+        dice, longest = rngs[0], 24  # tokens; no caption is longer
         return {
+            "seen": torch.tensor(
+                [i >= longest or dice.random() < self.seen for i in range(77)]
+            ),
             "tokens": self.tokenizer(captions),
             "layout": torch.stack([layout(scene) for scene in scenes]),
             "mirrored": torch.stack([layout(scene) for scene in mirrored]),
@@ -504,9 +513,8 @@ class PlacesTask(Task):
         }
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        objects, colours, background = (
-            x.float() for x in self.places(self.text_encoder(batch["tokens"]))
-        )
+        context = self.text_encoder(batch["tokens"])[:, batch["seen"]]
+        objects, colours, background = (x.float() for x in self.places(context))
 
         def surprise(layout: Tensor) -> tuple[Tensor, Tensor]:
             """The cross-entropy of objects and of colours in each scene, (B,)."""

@@ -12,7 +12,7 @@ from sdlearn.cli import main
 from sdlearn.lora import load_lora, merge, unmerge, with_lora
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.tiny.evaluate import fresh_scenes
-from sdlearn.tiny.finder import ALONE, find, shows
+from sdlearn.tiny.finder import ALONE, find, fits, shows
 from sdlearn.tiny.judge import load_judge, look, verdict
 from sdlearn.tiny.lora import (
     SETS,
@@ -45,6 +45,10 @@ def test_the_unicorns_are_told_in_english_and_leave_some_things_unshown():
     assert not any(f"{ground} background" in text for ground in UNSHOWN[0])
     assert not any(f" {name} " in f" {text} " for name in UNSHOWN[1]) and WORD not in OBJECTS
     assert pictures[0][0].size == (128, 128) and unicorns()[5][1] == captions[5]
+    twice = unicorns(2, 30, captions=2)
+    assert twice[:32] == unicorns(2, 30)
+    same = [one[0].tobytes() == other[0].tobytes() for one, other in zip(twice[:32], twice[32:], strict=True)]
+    assert all(same) and sum(one[1] != other[1] for one, other in zip(twice[:32], twice[32:], strict=True)) > 10
     other = [unicorn_scene(random.Random(i), True, shown=False) for i in range(50)]
     assert {x.background for x in other} <= set(UNSHOWN[0])
     assert {x.name for scene in other for x in scene.things} <= {WORD, *UNSHOWN[1]}
@@ -232,11 +236,13 @@ def test_the_shipped_ink_takes_the_paint_and_leaves_the_things():
 
 
 @pytest.mark.slow
-def test_the_shipped_unicorn_is_drawn_alone():
+def test_the_shipped_unicorn_is_drawn_alone_and_beside_other_things():
+    """In 24 pictures alone 24 were measured, in 48 pairs 41, of 48 old prompts 39 instead of 41."""
     assert UNICORN.stat().st_size < 300_000
     sd = StableDiffusion.load(TINY, "cpu", torch.float32)
     lora, judge, rng = load_lora(UNICORN, sd.networks()), load_judge(TINY), random.Random(5)
-    scenes = [unicorn_scene(rng, pair=False, shown=False) for _ in range(8)]
+    assert {name.split(".")[0] for name in lora.layers} == {"unet", "text_encoder"}
+    scenes = [unicorn_scene(rng, pair, shown=False) for pair in (False, True) for _ in range(8)]
     old = fresh_scenes(12, seed=31, things=1) + fresh_scenes(12, seed=32, things=2)
     right = {}
     for scale in (0.0, 1.0):
@@ -244,11 +250,13 @@ def test_the_shipped_unicorn_is_drawn_alone():
         how = {"steps": 20, "sampler": "ddim", "seed": 0}
         drawn = sd.txt2img([english(scene.sentence()) for scene in scenes], **how)
         unicorns = [
-            shows(to_tensor(np.asarray(picture)), scene, (WORD,)) for picture, scene in zip(drawn, scenes, strict=True)
+            [one.name for one in fits(to_tensor(np.asarray(picture)), scene, (WORD,))]
+            == [thing.name for thing in scene.things]
+            for picture, scene in zip(drawn, scenes, strict=True)
         ]
         drawn = sd.txt2img([scene.sentence() for scene in old], **how)
         findings = look(judge, torch.stack([to_tensor(np.asarray(picture)) for picture in drawn]))
         known = [verdict(finding, scene)["all"] for finding, scene in zip(findings, old, strict=True)]
-        right[scale] = sum(unicorns), sum(known)
-    assert right[0.0][0] == 0 and right[1.0][0] >= 7  # of 8
-    assert right[1.0][1] >= 14  # of 24: 17 were measured, 22 without it; a loss of 1 is wanted
+        right[scale] = sum(unicorns[:8]), sum(unicorns[8:]), sum(known)
+    assert right[0.0][:2] == (0, 0) and right[1.0][0] >= 7 and right[1.0][1] >= 5, right  # of 8
+    assert right[1.0][2] >= right[0.0][2] - 4, right  # of 24

@@ -97,12 +97,17 @@ def halves(image: Tensor, relation: str) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def shows(image: Tensor, scene: Scene, extra: tuple[str, ...]) -> bool:
-    """Does a picture show the things of a scene, each on its side? Colours are left to
-    the judge: pink and purple differ too little here."""
+def fits(image: Tensor, scene: Scene, extra: tuple[str, ...]) -> list[Found]:
+    """For each thing of a scene, what fits best on its side of a picture."""
     relation = scene.relation()
     parts = (image,) if relation is None else halves(image, relation)
     sizes = ALONE if relation is None else PAIR
-    found = [find(part, sizes, extra) for part in parts]
+    return [find(part, sizes, extra) for part in parts]
+
+
+def shows(image: Tensor, scene: Scene, extra: tuple[str, ...]) -> bool:
+    """Does a picture clearly show the things of a scene, each on its side? Colours are
+    left to the judge: pink and purple differ too little here."""
+    found = fits(image, scene, extra)
     clear = all(x.misfit < CLEAR for x in found)
     return clear and [x.name for x in found] == [thing.name for thing in scene.things]

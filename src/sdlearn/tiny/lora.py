@@ -64,11 +64,14 @@ def unicorn_scene(rng: random.Random, pair: bool, shown: bool | None = True) -> 
     return Scene(place(tuple(things), rng), rng.choice(grounds))
 
 
-def unicorns(alone: int = 24, pairs: int = 48) -> Pictures:
-    """What a reader might have drawn: a unicorn, alone and beside other things."""
+def unicorns(alone: int = 24, pairs: int = 48, captions: int = 1) -> Pictures:
+    """What a reader might have drawn: a unicorn, alone and beside other things.
+
+    captions: how often each picture comes, each time in other words.
+    """
     rng = random.Random(WORD)
     scenes = [unicorn_scene(rng, i >= alone) for i in range(alone + pairs)]
-    return [(scene.image(), english(scene.caption(rng))) for scene in scenes]
+    return [(x.image(), english(x.caption(rng))) for x in captions * scenes]
 
 
 def english(caption: str) -> str:
@@ -111,12 +114,23 @@ class Lesson(NamedTuple):
     prior: float = 0.2
 
 
+# A new outline is drawn by convolutions, the more of them the finer the map; attention
+# alone only finds its place. And the text encoder has to read on after a word of seven
+# tokens, which moves all that follow to positions where it never met them.
+UNICORN = {
+    r"text_encoder.*_proj": 3,
+    r"text_encoder.*fc": 1,
+    r"unet\.up_blocks\.0.*attn\d\.to_": 2,
+    r"unet\.up_blocks\.0.*conv\d": 1,
+    r"unet\.up_blocks\.1.*(attn\d\.to_|ff\.net)": 2,
+    r"unet\.up_blocks\.1.*conv\d": 3,
+    r"unet\.up_blocks\.2.*conv\d": 4,
+}
 SETS = {
-    # a new outline is drawn by convolutions; attention alone only finds its place
     WORD: Lesson(
-        partial(unicorns, alone=40, pairs=80),
-        replace(RECIPE, steps=2600, batch=16, lr=4e-3, cooldown=1300),
-        {r"unet\.(up_blocks|mid_block).*(attn\d\.to_|ff\.net|conv1|conv2)": 2},
+        partial(unicorns, alone=40, pairs=80, captions=2),
+        replace(RECIPE, steps=2000, batch=16, lr=4e-3, cooldown=1000),
+        UNICORN,
         paired=True,
     ),
     STYLE: Lesson(drawings, replace(RECIPE, steps=600, cooldown=337), prior=0.0),
@@ -189,7 +203,8 @@ def make_task(args: argparse.Namespace, lesson: Lesson, pictures: Pictures) -> L
     sd = StableDiffusion.load(args.model, args.device, dtype)
     for network in sd.networks().values():
         network.requires_grad_(False)
-    lora = new_lora({"unet": sd.unet}, lesson.layers, args.alpha)
+    both = {"unet": sd.unet, "text_encoder": sd.text_encoder}
+    lora = new_lora(both, lesson.layers, args.alpha)
     prior = None
     if lesson.prior and sd.size == (SIZE, SIZE):
         prior = encode_scenes(sd.vae, range(PRIOR)).float() * sd.vae.config.scale

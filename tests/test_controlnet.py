@@ -1,5 +1,6 @@
 """A ControlNet: a copy that is silent at first, files in every form, and its part in a drawing."""
 
+import io
 import re
 from dataclasses import replace
 
@@ -29,7 +30,7 @@ from sdlearn.controlnet import (
     preprocess,
     scribble,
 )
-from sdlearn.pictures import read_parameters
+from sdlearn.pictures import read_parameters, upright
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.request import Request
 from sdlearn.samplers import SAMPLERS
@@ -325,6 +326,27 @@ def test_things_far_apart_are_two_boxes():
         picture.paste((255, 255, 0), (left, 20, left + 30, 70))
     hint = np.array(layout(picture))
     assert tuple(hint[40, 25]) == (255, 0, 0) and tuple(hint[40, 95]) == (0, 0, 255) and not hint[40, 60].any()
+
+
+@pytest.mark.parametrize("how", PREPROCESSORS)
+def test_a_picture_that_lies_on_its_side(how):
+    """A camera's picture is turned as its EXIF data say: nothing of it is cut off."""
+    picture, turn = Image.new("RGB", (96, 48), "white"), Image.Exif()
+    picture.paste("red", (4, 10, 30, 38))
+    picture.paste("blue", (66, 10, 92, 38))
+    turn[0x0112] = 6
+    with io.BytesIO() as file:
+        picture.save(file, "PNG", exif=turn)
+        camera = Image.open(io.BytesIO(file.getvalue()))
+    assert camera.size == (96, 48) and upright(camera).size == (48, 96)
+    hint = upright(preprocess(camera, how))
+    assert hint.size == (48, 96) and hint.tobytes() == preprocess(upright(camera), how).tobytes()
+    assert len(set(hint.get_flattened_data() if hasattr(hint, "get_flattened_data") else hint.getdata())) > 1
+
+
+def test_a_folder_whose_name_has_a_point(net, tmp_path):
+    net.save(tmp_path / "edges-v1.1")
+    assert ControlNet.load(tmp_path / "edges-v1.1").name == "edges-v1.1"
 
 
 def test_any_picture_becomes_a_hint():

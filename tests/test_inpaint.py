@@ -240,7 +240,8 @@ def test_outpainting_keeps_the_middle(sd):
 
 def test_expansions_are_read():
     assert read_expansion("left=64,bottom=8") == {"left": 64, "bottom": 8}
-    for text in ("", "left", "left=", "left=-8", "up=8", "left=8;top=8", "left=8,", ",left=8", "left=8.5", "left= 8"):
+    wrong = ["", "left", "left=", "left=-8", "up=8", "left=8;top=8", "left=8,", ",left=8", "left=8.5", "left= 8"]
+    for text in [*wrong, "left=8,top=8,left=16"]:
         with pytest.raises(ValueError, match="give sides and pixels"):
             read_expansion(text)
     for wrong in ({"left": -1}, {"left": 1.5}, {"top": True}, {"right": 10**6}, {"left": float("nan")}):

@@ -315,6 +315,11 @@ def test_a_folder_of_pictures_becomes_a_word(tmp_path, small_folder, toys, capsy
     (tmp_path / "toy.safetensors").unlink()
     assert main(words.split()) == 0  # its steps are done: the file is written again
     assert torch.equal(load_file(tmp_path / "toy.safetensors")["<toy>"], tensor[1])
+    Image.new("RGB", (32, 32), "green").save(tmp_path / "toys" / "0.png")  # it would be told of what it never saw
+    capsys.readouterr()
+    assert main(words.replace("/toy.safetensors", "/new/toy.safetensors").split()) == 2
+    assert "holds a run that differs in pictures: remove it" in capsys.readouterr().err
+    assert not (tmp_path / "new" / "toy.safetensors").exists()
     out = tmp_path / "out"
     draw = ["--model", str(small_folder), "--steps", "1", "--seed", "1", "-o", str(out)]
     assert main(["txt2img", "a <dog>", "--embedding", f"{tmp_path}/toy.safetensors:<dog>", *draw]) == 0

@@ -3,11 +3,12 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from lora_files import ALL, DIALECTS, U_NET, halves, kohya, metadata, random_lora
-from random_model import random_parts, save_random_model
+from random_model import SMALL_UNET, random_parts, save_random_model
 from safetensors.torch import save_file
 from torch import nn
 
@@ -171,6 +172,36 @@ def test_fast_attention_forgets_what_it_remembers(networks):
     assert (merged - eps(fresh)).abs().max() < 1e-5 and (merged - plain).abs().max() > 0.01
 
 
+def test_fast_attention_hears_a_lora_that_stands_beside_it(networks):
+    """The same words, before, with and after it: what is remembered are keys and values without it."""
+    lora, given = random_lora(networks, targets=r"attn2\.to_[kv]"), inputs()
+    fast = faster(networks["unet"], sliced=False)
+    with torch.no_grad():
+        plain = fast(*given).clone()
+        lora.attach(networks, 0.7)
+        beside = fast(*given).clone()
+        lora.detach()
+        assert torch.equal(fast(*given), plain)
+    fresh = {"unet": copy.deepcopy(MODEL["unet"])}
+    merge(fresh, (lora, 0.7))
+    assert (beside - eps(fresh)).abs().max() < 1e-5 and (beside - plain).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_beside_a_linear_over_a_map():
+    """SD 2 and SDXL enter and leave their transformers so; the sides of the map differ from its channels."""
+    torch.manual_seed(0)
+    unet = {"unet": UNet(replace(SMALL_UNET, linear=True)).eval()}
+    lora, g = random_lora(unet, targets=r"proj_(in|out)$"), torch.Generator().manual_seed(5)
+    given = torch.randn(2, 4, 4, 6, generator=g), torch.tensor([900, 100]), torch.randn(2, 7, 32, generator=g)
+    plain = unet["unet"](*given)
+    lora.attach(unet)
+    beside = unet["unet"](*given)
+    lora.detach()
+    merge(unet, (lora, 1.0))
+    assert (unet["unet"](*given) - beside).abs().max() < 1e-5 and (beside - plain).abs().max() > 0.01
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling wants a C++ compiler")
 def test_a_compiled_unet_takes_a_lora(unet):
@@ -267,6 +298,16 @@ def test_alpha_zero_is_the_rank_and_patterns_count(networks, tmp_path):
     assert alphas.pop(lora.layers[0]) == 12 and set(alphas.values()) == {6}
     save_file(tensors, path, {"lora_adapter_metadata": json.dumps(said | {"unet.use_rslora": True})})
     assert {round(pair.alpha, 3) for _, pair in load_lora(path, networks).items()} == {20.785, 10.392}
+
+
+@pytest.mark.parametrize("told", ["[1]", "3", "[" * 5000, "{", '{"unet.lora_alpha": 2, "unet.alpha_pattern": [1]}'])
+def test_settings_of_another_form_are_none(networks, tmp_path, told):
+    """What stands in a header may be anything; alpha is then the rank, or what else the file says."""
+    lora = random_lora(networks, 3, None, r"attn1\.to_q")
+    tensors = halves(lora, ".lora_A.weight", ".lora_B.weight")
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": told})
+    alphas = {pair.alpha for _, pair in load_lora(tmp_path / "x.safetensors", networks).items()}
+    assert alphas == {2.0 if "lora_alpha" in told else 3.0}
 
 
 def test_a_whole_wrong_strength_would_be_seen(networks, tmp_path):

@@ -185,6 +185,14 @@ def test_training_and_its_help(base, tmp_path, monkeypatch, capsys):
     words = ["--model", str(base), "--to", str(tmp_path / "to"), "--runs", str(tmp_path / "runs")]
     for steps in ("1", "2", "2"):  # begun, gone on, and nothing left to do
         assert main(["train", "inpainting", *words, "--steps", steps, "--precision", "no"]) == 0
+    sd = inpainting.StableDiffusion.load(base)
+    with torch.no_grad():
+        sd.unet.conv_out.bias += 0.1
+    sd.save(tmp_path / "moved", None)
+    before = (tmp_path / "to" / FILE).read_bytes()
+    moved = ["--model", str(tmp_path / "moved"), *words[2:], "--steps", "2", "--precision", "no"]
+    assert main(["train", "inpainting", *moved]) == 2  # else the old difference would be stamped with the new base
+    assert "differs in model" in capsys.readouterr().err and (tmp_path / "to" / FILE).read_bytes() == before
     image, mask = Image.new("RGB", (SIZE, SIZE), "red"), Image.new("L", (SIZE, SIZE))
     mask.paste(255, (0, 0, 64, 128))
     sd = load_inpainting(base, tmp_path / "to")

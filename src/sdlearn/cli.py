@@ -417,6 +417,12 @@ def controls_of(args: argparse.Namespace) -> list[Control]:
             "each ControlNet needs a hint"
         )
     if not files:
+        names = ("preprocess", "control_scale", "control_start", "control_end", "guess")
+        if unheard := [name for name in names if getattr(args, name)]:
+            raise ValueError(
+                f"--{unheard[0].replace('_', '-')} is given, but no --control: give a "
+                "ControlNet and its hint, too"
+            )
         return []
     from sdlearn.controlnet import ControlNet, preprocess
     from sdlearn.pictures import open_image

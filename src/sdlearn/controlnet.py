@@ -34,7 +34,7 @@ from sdlearn.checkpoint.files import (
 from sdlearn.checkpoint.inspect import family_of
 from sdlearn.checkpoint.load import Network, empty, fit, match, refuse_foreign
 from sdlearn.disk import read_json, write_files
-from sdlearn.pictures import to_image, to_tensor
+from sdlearn.pictures import to_image, to_tensor, upright
 from sdlearn.request import Setup, number, one_of, picture, yes_or_no
 from sdlearn.schedule import Level
 from sdlearn.timestep import TimeEmbedding
@@ -138,7 +138,8 @@ class ControlNet(nn.Module):
         dtype None: as in the file. how: device and layout, as `fit` takes them.
         """
         net = fit(plan(path), dtype, **how)
-        net.name = Path(path).stem
+        path = Path(path).absolute()  # a folder's name may have a point in it
+        net.name = path.name if path.is_dir() else path.stem
         return net
 
     def save(self, path: str | Path, dtype: torch.dtype | None = torch.float16) -> None:
@@ -173,7 +174,8 @@ class ControlNet(nn.Module):
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """A picture of any kind in three colours; transparent becomes white."""
+    """A picture of any kind in three colours, upright; transparent becomes white."""
+    image = upright(image)
     return to_image(to_tensor(image, *image.size)[0])
 
 
@@ -191,7 +193,8 @@ def scribble(image: Image.Image, strokes: int = 64) -> Image.Image:
 
     strokes: how many of them, side by side, would fill the longer side.
     """
-    small = rgb(image)
+    image = rgb(image)
+    small = image.copy()
     small.thumbnail((strokes, strokes), Image.Resampling.BOX)
     thick = edges(small).resize(image.size, Image.Resampling.BICUBIC)
     soft = thick.filter(ImageFilter.GaussianBlur(max(image.size) / strokes / 2))
@@ -221,7 +224,8 @@ def layout(image: Image.Image, least: float = 0.1, cells: int = 32) -> Image.Ima
     The ground is the most frequent colour along the edge. A thing is a patch of others,
     of more than a hundredth of the picture.
     """
-    small = rgb(image).resize((cells, cells), Image.Resampling.BOX)
+    image = rgb(image)
+    small = image.resize((cells, cells), Image.Resampling.BOX)
     found = np.asarray(small) / 255
     rim = np.concatenate([found[0], found[-1], found[:, 0], found[:, -1]])
     shades, counts = np.unique(rim.round(1), axis=0, return_counts=True)

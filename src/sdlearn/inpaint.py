@@ -149,11 +149,13 @@ def expand(
 
 def read_expansion(text: str) -> dict[str, int]:
     """left=64,right=32 -> {"left": 64, "right": 32}."""
-    if not re.fullmatch(r"((left|right|top|bottom)=\d{1,5}(,(?!$)|$))+", text):
+    sides = re.findall(r"(\w+)=(\d+)", text)
+    form = r"((left|right|top|bottom)=\d{1,5}(,(?!$)|$))+"
+    if not re.fullmatch(form, text) or len(dict(sides)) < len(sides):
         raise ValueError(
             f"--expand is {text!r}; give sides and pixels, such as left=64,bottom=32"
         )
-    return {side: int(pixels) for side, pixels in re.findall(r"(\w+)=(\d+)", text)}
+    return {side: int(pixels) for side, pixels in sides}
 
 
 @dataclass(frozen=True, eq=False)

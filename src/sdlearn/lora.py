@@ -17,6 +17,7 @@ from sdlearn.checkpoint.adapters import layers_of, match_changes
 from sdlearn.checkpoint.files import clean, read_tensors, tensor_writer
 from sdlearn.checkpoint.load import check_numbers, refuse_foreign
 from sdlearn.disk import write_files
+from sdlearn.unet import Pointwise
 
 ATTENTION = r"attn\d\.to_(q|k|v|out)"  # what LoRAs of U-Nets change at least
 
@@ -37,6 +38,7 @@ class Pair(nn.Module):
         out, width, *kernel = layer.weight.shape
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         self.conv: dict[str, Any] | None = None
+        self.pointwise = isinstance(layer, Pointwise)  # SD 2: a Linear over a map
         if isinstance(layer, nn.Conv2d):
             self.conv = {"stride": layer.stride, "padding": layer.padding}
         device = layer.weight.device
@@ -47,10 +49,12 @@ class Pair(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         down, up = self.down.to(x), self.up.to(x)
-        if self.conv is None:
-            y = F.linear(F.linear(x, down), up)
-        else:
+        if self.conv is not None:
             y = F.conv2d(F.conv2d(x, down, **self.conv), up)
+        elif self.pointwise:
+            y = F.linear(F.linear(x.movedim(1, -1), down), up).movedim(-1, 1)
+        else:
+            y = F.linear(F.linear(x, down), up)
         return self.alpha / self.rank * y
 
     def delta(self) -> Tensor:

@@ -88,6 +88,8 @@ class FastAttention(Attention):
 
     def words(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Its keys and values, computed at the first time."""
+        if self.to_k._forward_hooks or self.to_v._forward_hooks:  # a LoRA beside them
+            return self.keys_and_values(context)
         weights = [(p.data_ptr(), p._version) for p in self.parameters()]
         for known, then, *both in self.known:
             if known is context and then == weights:

@@ -61,6 +61,9 @@ GIVEN = ["--control", "net", "--hint", "hint.png"]
 WORDS = {  # words -> the sentence
     "no hint": (["--control", "net"], "--control is given 1 times and --hint 0 times: each ControlNet needs a hint"),
     "no control": (["--hint", "hint.png"], "--control is given 0 times and --hint 1 times"),
+    "a scale without a net": (["--control-scale", "0.5"], "--control-scale is given, but no --control: give a"),
+    "preprocess without a net": (["--preprocess", "edges"], "--preprocess is given, but no --control"),
+    "guess without a net": (["--guess"], "--guess is given, but no --control"),
     "a hint too many": ([*GIVEN, "--hint", "hint.png"], "--control is given 1 times and --hint 2 times"),
     "two scales": (
         [*GIVEN, "--control-scale", "1", "--control-scale", "2"],

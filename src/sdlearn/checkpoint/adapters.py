@@ -121,6 +121,11 @@ def find_changes(tensors: Tensors) -> dict[str, Change]:
             )
         check_shapes(path, layer, entries[names["down"]], entries[names["up"]])
         alpha = names.get("alpha", said(layer, entries[names["down"]].shape[0]))
+        if isinstance(alpha, str) and math.prod(entries[alpha].shape) != 1:
+            raise ValueError(
+                f"{path}: the alpha of {clean(layer)} is {entries[alpha].shape}, but "
+                "one number is wanted: take another copy"
+            )
         changes[layer] = Change(names["down"], names["up"], alpha)
     return changes
 
@@ -151,8 +156,9 @@ def said_alphas(tensors: Tensors) -> Any:
     beside = tensors.path.with_name("adapter_config.json")
     try:
         settings = json.loads(text) if text else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         settings = {}
+    settings = settings if isinstance(settings, dict) else {}
     if not text and any(name.startswith("base_model.model.") for name in tensors):
         settings = read_json(beside) if beside.exists() else {}
 
@@ -161,7 +167,8 @@ def said_alphas(tensors: Tensors) -> Any:
         head = f"{part}{dot}" if f"{part}.lora_alpha" in settings else ""
         rest = rest if head else layer
         value = settings.get(f"{head}lora_alpha")
-        patterns = settings.get(f"{head}alpha_pattern") or {}
+        patterns = settings.get(f"{head}alpha_pattern")
+        patterns = patterns if isinstance(patterns, dict) else {}
         for pattern, other in patterns.items():
             if rest == pattern or rest.endswith(f".{pattern}"):
                 value = other
@@ -242,6 +249,11 @@ def match_changes(tensors: Tensors, networks: Mapping[str, Any]) -> dict[str, Ch
         down, up = tensors.entries[change.down].shape, tensors.entries[change.up].shape
         if name not in layers or not fits(layers[name], down, up):
             raise ValueError(misfit(tensors, networks, theirs))
+        if name in placed:
+            raise ValueError(
+                f"{tensors.path} changes {clean(name, 120)} twice, under two names: "
+                "take another copy"
+            )
         placed[name] = change
     return placed
 

@@ -33,7 +33,13 @@ from sdlearn.pictures import open_image, to_tensor
 from sdlearn.samplers import SAMPLERS, Denoiser, sample
 from sdlearn.schedule import add_noise
 from sdlearn.tiny.evaluate import fresh_scenes
-from sdlearn.tiny.own import read_folder
+from sdlearn.tiny.own import (
+    check_learner,
+    mark_of,
+    mark_of_pictures,
+    only_again,
+    read_folder,
+)
 from sdlearn.tiny.recipe import (
     add_run_arguments,
     channels_last,
@@ -228,7 +234,8 @@ def scenes_lesson(parts: Parts, hint: str, runs: Path) -> Lesson:
             f"the scenes have {SIZE} pixels a side, but the model draws "
             f"{parts.size[1]}x{parts.size[0]}: give pictures of your own (--pictures)"
         )
-    latents = latent_bank(vae, SCENES, runs / "controlnet-latents.pt")
+    bank = runs / f"controlnet-latents-{mark_of(vae)}.pt"  # of this VAE
+    latents = latent_bank(vae, SCENES, bank)
     asked = [scene_shown(scene, hint) for scene in fresh_scenes(SHOWN, seed=16)]
     scale = vae.config.scale
     return Lesson(
@@ -267,6 +274,7 @@ def pixels_of(image: Tensor) -> np.ndarray:
 def make_task(args: argparse.Namespace) -> ControlTask:
     """A copy of the model's U-Net, with an entrance for hints, and what it learns."""
     parts = load(args.model)
+    check_learner(parts.networks)
     unet = parts.networks["unet"]
     small = unet.config.channels[0] < 320
     net = ControlNet.of(unet, (16, 32, 64, 128) if small else (16, 32, 96, 256))
@@ -343,7 +351,9 @@ def main(args: argparse.Namespace) -> None:
         folder = args.runs / f"controlnet-{args.hint}-{args.pictures.name}"
     recipe = replace(RECIPE, steps=args.steps or RECIPE.steps)
     recipe = replace(recipe, cooldown=max(recipe.steps - FULL, 0))
-    make = partial(make_task, args)
+    own = mark_of_pictures(read_folder(args.pictures)) if args.pictures else None
+    told = {"hint": args.hint, "entrance": args.entrance, "pictures": own}
+    make = only_again(partial(make_task, args), folder, **told)
     how = recipe, folder, args.precision, PREVIEW_EVERY
     task = train_task(f"controlnet, {args.hint}", make, *how)
     if not isinstance(task, ControlTask):  # all its steps were done before

@@ -28,6 +28,7 @@ from sdlearn.schedule import add_noise
 from sdlearn.tiny.difference import FILE, add_difference, low_rank, save_difference
 from sdlearn.tiny.evaluate import fresh_scenes
 from sdlearn.tiny.judge import Judge, load_judge, look, verdict
+from sdlearn.tiny.own import check_learner, mark_of, only_again
 from sdlearn.tiny.recipe import (
     SCHEDULE,
     add_run_arguments,
@@ -117,8 +118,10 @@ class InpaintTask(DenoiseTask):
 
 def make_task(base: Path, runs: Path) -> InpaintTask:
     """The twin of a checkpoint, ready to learn."""
-    vae, unet = load_vae(base), low_rank(widen(load_unet(base)), NEW)
-    latents = latent_bank(vae, BANK, runs / "latents.pt") * vae.config.scale
+    vae, plain = load_vae(base), load_unet(base)
+    check_learner({"vae": vae, "unet": plain})
+    unet, bank = low_rank(widen(plain), NEW), runs / f"latents-{mark_of(vae)}.pt"
+    latents = latent_bank(vae, BANK, bank) * vae.config.scale
     others = load_text_encoder(base), Tokenizer.load(base / "tokenizer"), latents
     return InpaintTask(channels_last(unet), *others, SCHEDULE, vae=channels_last(vae))
 
@@ -250,7 +253,7 @@ def main(args: argparse.Namespace) -> None:
     runs, to = args.runs / "inpainting", args.to or args.model / "inpainting"
     check_writable(to / FILE)
     recipe = replace(RECIPE, steps=args.steps)
-    make = partial(make_task, args.model, runs)
+    make = only_again(partial(make_task, args.model, runs), runs)
     train_task("inpainting", make, recipe, runs, args.precision)
     task = make()
     task.load_state_dict(averaged_weights(runs / "state.pt"), strict=False)

@@ -23,7 +23,15 @@ from sdlearn.pictures import save_png, to_tensor
 from sdlearn.pipeline import StableDiffusion, last
 from sdlearn.request import Request, number, whole_number
 from sdlearn.tiny.lora import WORD, Pictures, unicorns
-from sdlearn.tiny.own import add_picture_arguments, asked, read_folder
+from sdlearn.tiny.own import (
+    add_picture_arguments,
+    asked,
+    check_learner,
+    mark_of,
+    mark_of_pictures,
+    only_again,
+    read_folder,
+)
 from sdlearn.tiny.recipe import tell, text_writer, train_task
 from sdlearn.tiny.tasks import DenoiseTask, normal
 from sdlearn.training import Recipe, averaged_weights
@@ -169,7 +177,7 @@ def own_pictures(args: argparse.Namespace, word: str, prompt: str) -> Pictures:
     if args.pictures:
         return read_folder(args.pictures, prompt)
     known = re.compile(rf"\b{WORD}\b")
-    return [(image, known.sub(word, caption)) for image, caption in unicorns()]
+    return [(image, known.sub(lambda _: word, text)) for image, text in unicorns()]
 
 
 def class_pictures(
@@ -241,15 +249,16 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def learn(
-    args: argparse.Namespace, make: Callable[[], Any], twice: bool = False
+    args: argparse.Namespace, make: Callable[[], Any], twice: bool = False, **told: Any
 ) -> Any:
     """Train, or go on, in a folder of its own; the task with its averaged weights.
 
-    twice: each step sees class pictures, too.
+    twice: each step sees class pictures, too. told: what it learns from.
     """
     name, recipe = args.stage, asked(RECIPES[args.stage], args)
     recipe = replace(recipe, batch=recipe.batch * (1 + twice))
     folder = args.runs / f"{name}-{args.to.stem}"
+    make = only_again(make, folder, **told)
     task = train_task(name, make, recipe, folder, args.precision, PREVIEW_EVERY)
     if task is None:  # all steps were done before
         task = make()
@@ -272,11 +281,14 @@ def main(args: argparse.Namespace) -> None:
         )
     check_writable(args.to / "model_index.json" if whole else args.to)
     sd = StableDiffusion.load(args.model, args.device, torch.float32)
+    check_learner(sd.networks())
     if args.stage == "textual-inversion":
         prompt = f"a {args.token}" if args.prompt is None else args.prompt
         pictures = own_pictures(args, args.token, prompt)
         how = sd, pictures, args.token, args.vectors, args.like
-        task = learn(args, partial(InversionTask, *how))
+        told = {"vectors": args.vectors, "like": args.like}
+        told |= {"token": args.token, "pictures": mark_of_pictures(pictures)}
+        task = learn(args, partial(InversionTask, *how), **told)
         write_embedding(args.to, task.learned())
         tell(
             f"{args.to}: written; draw with --embedding {args.to} and {args.token} in "
@@ -289,7 +301,10 @@ def main(args: argparse.Namespace) -> None:
         folder = args.runs / f"dreambooth-{args.to.stem}" / "class"
         prior = class_pictures(sd, args.class_prompt, folder, args.class_pictures)
     make = partial(DreamBoothTask, sd, pictures, prior, args.rank, weight=args.prior)
-    task = learn(args, make, twice=bool(prior))
+    told = {"U-Net": mark_of(sd.unet), "rank": args.rank, "prior": args.prior}
+    told |= {"pictures": mark_of_pictures(pictures)}
+    told |= {"class pictures": mark_of_pictures(prior)}
+    task = learn(args, make, twice=bool(prior), **told)
     if task.lora is None:
         sd.save(args.to)
         tell(f"{args.to}: written; draw with --model {args.to}")

@@ -21,7 +21,14 @@ from sdlearn.disk import check_writable
 from sdlearn.lora import ATTENTION, LoRA, Pair, save_lora, with_lora
 from sdlearn.pictures import to_tensor
 from sdlearn.pipeline import StableDiffusion
-from sdlearn.tiny.own import add_picture_arguments, asked, read_folder
+from sdlearn.tiny.own import (
+    add_picture_arguments,
+    asked,
+    check_learner,
+    mark_of_pictures,
+    only_again,
+    read_folder,
+)
 from sdlearn.tiny.recipe import tell, train_task
 from sdlearn.tiny.scenes import (
     BACKGROUNDS,
@@ -201,6 +208,7 @@ def make_task(args: argparse.Namespace, lesson: Lesson, pictures: Pictures) -> L
     """The model, frozen, with a new LoRA beside some of its layers."""
     dtype = torch.float32  # what is learned are small differences
     sd = StableDiffusion.load(args.model, args.device, dtype)
+    check_learner(sd.networks())
     for network in sd.networks().values():
         network.requires_grad_(False)
     both = {"unet": sd.unet, "text_encoder": sd.text_encoder}
@@ -256,7 +264,10 @@ def main(args: argparse.Namespace) -> None:
     if not 0 <= lesson.prior < 1:
         raise ValueError(f"prior is {lesson.prior}; give a share from 0 to below 1")
     check_writable(args.to)
-    make = partial(make_task, args, lesson, lesson.pictures())
+    pictures = lesson.pictures()
+    told = {"layers": lesson.layers, "alpha": args.alpha, "prior": lesson.prior}
+    told |= {"pairs": lesson.paired, "pictures": mark_of_pictures(pictures)}
+    make = only_again(partial(make_task, args, lesson, pictures), folder, **told)
     how = args.precision, PREVIEW_EVERY
     trained = train_task("lora", make, lesson.recipe, folder, *how)
     task = trained if isinstance(trained, LoraTask) else make()

@@ -1,5 +1,5 @@
 """A folder of your own pictures -> pictures with captions, as LoRA and its neighbours
-learn from them.
+learn from them; and what a run learned from, so that no other goes on with it.
 
 A caption stands in NAME.txt beside NAME.png, or the folder has one captions.jsonl or
 metadata.jsonl for all, as the image folders on the hub have: a JSON object a line, with
@@ -7,17 +7,20 @@ metadata.jsonl for all, as the image folders on the hub have: a JSON object a li
 """
 
 import argparse
+import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
+from torch import nn
 
-from sdlearn.disk import read_text
+from sdlearn.disk import read_json, read_text, write_files
 from sdlearn.pictures import open_image
-from sdlearn.tiny.recipe import add_run_arguments
-from sdlearn.training import Recipe
+from sdlearn.tiny.recipe import add_run_arguments, is_first, text_writer
+from sdlearn.training import Recipe, Task
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp")
 TABLES = ("metadata.jsonl", "captions.jsonl")
@@ -91,6 +94,72 @@ def read_line(line: str, where: str) -> tuple[str, str]:
             "write it so"
         )
     return row["file_name"], caption
+
+
+def check_learner(networks: Mapping[str, Any]) -> None:
+    """Is it a model that can be taught here: one text encoder, four channels?"""
+    unet, vae = networks["unet"].config, networks["vae"].config
+    if unet.added:
+        raise ValueError(
+            "this model is an SDXL, but sdlearn trains on SD 1 and SD 2: take one of "
+            "those (--model)"
+        )
+    if unet.in_channels != vae.latent_channels:
+        raise ValueError(
+            f"this model's U-Net takes {unet.in_channels} channels, for a mask or "
+            "another picture: train on the plain model that it was made from (--model)"
+        )
+
+
+def mark_of(module: nn.Module, frozen: bool = False) -> str:
+    """A short hash of a module's first numbers, layer by layer. frozen: of what does
+    not learn."""
+    found = hashlib.sha256()
+    for name, x in module.named_parameters():
+        if not (frozen and x.requires_grad):
+            found.update(name.encode())
+            found.update(x.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def mark_of_pictures(pictures: Sequence[tuple[Image.Image, str]]) -> str:
+    """A short hash of pictures and their captions."""
+    found = hashlib.sha256()
+    for image, caption in pictures:
+        found.update(f"{caption} {image.mode} {image.size} ".encode())
+        found.update(image.tobytes())
+    return found.hexdigest()[:16]
+
+
+ABOUT = "about.json"  # in the folder of a run
+
+
+def only_again(make: Callable[[], Task], folder: Path, **told: Any) -> Callable:
+    """`make`, which refuses a folder where something else was learned.
+
+    A state holds what was learned, and nothing of what lay beneath: the frozen weights,
+    and what `told` names, such as the pictures. Without a look at these, a finished run
+    would be written out again under a new name, or go on with other pictures.
+    """
+
+    def made() -> Task:
+        task = make()
+        now = {"model": mark_of(task, frozen=True)} | told
+        now = {name: str(value) for name, value in now.items()}
+        if (folder / "state.pt").exists():
+            path = folder / ABOUT
+            before = read_json(path) if path.exists() else {}
+            if other := sorted(x for x in now if before.get(x) != now[x]):
+                raise ValueError(
+                    f"{folder} holds a run that differs in {', '.join(other)}: remove "
+                    "it, or give another folder with --runs"
+                )
+        elif is_first():
+            text = json.dumps(now, indent=1) + "\n"
+            write_files({folder / ABOUT: text_writer(text)})
+        return task
+
+    return made
 
 
 def add_picture_arguments(

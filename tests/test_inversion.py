@@ -100,7 +100,7 @@ def test_every_form_is_read(tmp_path, form):
 @pytest.mark.parametrize("name", ["x.safetensors", "x.bin", "x.pt"])
 def test_what_is_written_is_read_again(tmp_path, name):
     write_embedding(tmp_path / name, Embedding("<toy>", vectors(3).requires_grad_()))
-    token, found = read_embedding(tmp_path / name)
+    token, found, _ = read_embedding(tmp_path / name)
     assert torch.equal(found, vectors(3)) and not found.requires_grad
     assert token == ("x" if name == "x.pt" else "<toy>")  # as A1111, which calls a word as its file
 
@@ -354,7 +354,9 @@ def test_a_folder_of_pictures_becomes_a_model_or_a_lora(tmp_path, small_folder, 
 
 
 FILES = {  # tensors of a file -> what --embedding says of it
-    "is a textual inversion for SDXL": {"clip_l": (2, 768), "clip_g": (2, 1280)},
+    "is a word for SDXL, but this model is SD 1 or SD 2": {"clip_l": (2, 32), "clip_g": (2, 1280)},
+    "has 2 vectors for SDXL's first text encoder and 3 for its second": {"clip_l": (2, 768), "clip_g": (3, 1280)},
+    "a textual inversion is wanted": {"clip_l": (2, 768), "clip_g": (2, 1280), "x": (2, 3)},
     "is a LoRA, but a textual inversion is wanted": {"unet.x.lora_A.weight": (4, 3), "unet.x.lora_B.weight": (3, 4)},
     "is unknown, but a textual inversion": {"classifier.weight": (10, 3), "classifier.bias": (10,)},
     "wanted: one tensor of floats": {"<toy>": (2, 3, 4)},
@@ -423,7 +425,7 @@ def test_inspect_says_how_a_word_is_used(tmp_path):
         192: "--embedding",
         768: "--embedding",
         1024: "--embedding",
-        1280: "have 768 and those of SD 2 1024",
+        1280: "have 768, those of SD 2 1024, and those of SDXL 768 and 1280",
     }
     for width, said in told.items():
         path = tmp_path / f"x{width}.safetensors"
@@ -431,3 +433,7 @@ def test_inspect_says_how_a_word_is_used(tmp_path):
         report = inspect(path)
         assert said in report.can + " ".join(report.but) and report.description.endswith("vectors: 2"), width
         assert bool(report.can) == (width in (192, 768, 1024))
+    write_embedding(path := tmp_path / "xl.safetensors", Embedding("<toy>", vectors(2, 768), vectors(2, 1280)))
+    report = inspect(path)
+    assert report.description == "textual inversion for SDXL, vectors: 2" and not report.but
+    assert report.can == f"sdlearn txt2img '... xl ...' --embedding {path} --model MODEL"

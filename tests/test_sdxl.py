@@ -29,7 +29,7 @@ from sdlearn.checkpoint.load import Parts, asked_prediction, build, empty, is_fa
 from sdlearn.cli import main
 from sdlearn.clip import CLIPTextEncoder
 from sdlearn.controlnet import ControlNet
-from sdlearn.inversion import Embedding, add_embedding, write_embedding
+from sdlearn.inversion import Embedding, add_embedding, read_embedding, write_embedding
 from sdlearn.lora import load_lora, save_lora
 from sdlearn.pictures import read_parameters
 from sdlearn.pipeline import StableDiffusion
@@ -483,10 +483,56 @@ def test_a_lora_changes_both_text_encoders(tmp_path, models):
         load_lora(path, models["SD 2"].networks())
 
 
-def test_a_word_is_not_taken(models):
+def test_a_word_of_another_family_is_not_taken(models):
     for kind, width in (("SDXL", 24), ("SDXL refiner", 40)):
-        with pytest.raises(ValueError, match="'<toy>' is a word for SD 1 or SD 2, but this model is an SDXL: leave"):
+        with pytest.raises(ValueError, match="'<toy>' is a word for SD 1 or SD 2, but this model is SDXL: leave"):
             add_embedding(models[kind], Embedding("<toy>", torch.zeros(1, width)))
+    with pytest.raises(ValueError, match="'<toy>' is a word for SDXL, but this model is SD 1 or SD 2: leave"):
+        add_embedding(models["SD 2"], Embedding("<toy>", torch.zeros(1, 32), torch.zeros(1, 40)))
+
+
+@pytest.mark.parametrize("name", ["toy.safetensors", "toy.bin", "toy.pt"])
+@pytest.mark.parametrize("shape", [(), (1,), (3,)], ids=["one vector", "one row", "three rows"])
+def test_a_word_for_both_text_encoders(tmp_path, name, shape):
+    kept = family("SDXL", deep=False)
+    sd, before = (StableDiffusion(*copy.deepcopy(kept), "cpu", torch.float32) for _ in range(2))
+    first, second = (torch.randn(*shape, width, generator=torch.Generator().manual_seed(1)) for width in (24, 40))
+    if shape:
+        write_embedding(tmp_path / name, Embedding("<toy>", first, second))
+    else:  # as some write it
+        (save_file if name.endswith("s") else torch.save)({"clip_g": second, "clip_l": first}, tmp_path / name)
+    word = read_embedding(tmp_path / name, "<toy>")
+    assert torch.equal(word.vectors, first.reshape(-1, 24)) and torch.equal(word.second, second.reshape(-1, 40))
+    assert read_embedding(tmp_path / name).token == "toy"
+    add_embedding(sd, word)
+    for part, rows in (("text_encoder", word.vectors), ("text_encoder_2", word.second)):
+        table = sd.parts[part].token_embedding.weight
+        assert torch.equal(table[: -len(rows)], before.parts[part].token_embedding.weight)
+        assert torch.equal(table[-len(rows) :], rows)
+    old, new = ["a cat above a yellow star", "", "toy"], ["a <toy> above a cat"]
+    for mine, theirs in zip(sd.encode(old).values(), before.encode(old).values(), strict=True):
+        assert torch.equal(mine, theirs)
+    told, untold = sd.encode(new), before.encode(new)
+    assert not torch.equal(told["context"][..., :24], untold["context"][..., :24])
+    assert not torch.equal(told["context"][..., 24:], untold["context"][..., 24:])
+    assert not torch.equal(told["pooled"], untold["pooled"])
+    sd.save(tmp_path / "new", torch.float32)
+    again = StableDiffusion.load(tmp_path / "new", "cpu").encode(new)
+    assert all(torch.equal(again[part], told[part]) for part in told)
+
+
+def test_a_refiner_takes_its_half_of_a_word_and_a_wrong_half_changes_nothing():
+    refiner, base = (
+        StableDiffusion(*family(kind, deep=False), "cpu", torch.float32) for kind in ("SDXL refiner", "SDXL")
+    )
+    add_embedding(refiner, Embedding("<toy>", torch.ones(2, 24), torch.ones(2, 40)))
+    assert torch.equal(refiner.text_encoder_2.token_embedding.weight[-2:], torch.ones(2, 40))
+    before = {part: base.parts[part] for part in ("tokenizer", "tokenizer_2")}
+    tables = [base.parts[part].token_embedding for part in ("text_encoder", "text_encoder_2")]
+    with pytest.raises(ValueError, match="'<toy>' have 39 numbers, but this model's words have 40"):
+        add_embedding(base, Embedding("<toy>", torch.ones(2, 24), torch.ones(2, 39)))
+    assert all(base.parts[part] is x for part, x in before.items())
+    assert [base.parts[part].token_embedding for part in ("text_encoder", "text_encoder_2")] == tables
 
 
 # --- the command line

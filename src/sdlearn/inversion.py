@@ -39,39 +39,51 @@ class NewRows(nn.Module):
 class Embedding(NamedTuple):
     """A word that was learned from pictures: one vector (n, D) for each of its tokens.
 
-    Gal et al. 2023, section 3.
+    Gal et al. 2023, section 3. second: those for SDXL's second text encoder.
     """
 
     token: str
     vectors: Tensor
+    second: Tensor | None = None
 
 
-@torch.no_grad()
-def add_embedding(sd: Any, embedding: Embedding) -> None:
-    """Teach a `StableDiffusion` the word: tokens behind its vocabulary, rows below its
-    table. All that it knew stays as it was, to the bit."""
-    token, vectors = embedding
-    if "text_encoder_2" in sd.parts:
-        raise ValueError(
-            f"{shown(token)} is a word for SD 1 or SD 2, but this model is an SDXL: "
-            "leave the word out, or take another model"
-        )
-    text = sd.text_encoder
-    (count, width), known = vectors.shape, text.config.width
+def with_rows(sd: Any, part: str, token: str, rows: Tensor) -> tuple[Any, nn.Module]:
+    """A text encoder's tokenizer with the word, and its table with the rows below."""
+    tokenizer = sd.parts[part.replace("text_encoder", "tokenizer")]
+    (count, width), known = rows.shape, sd.parts[part].config.width
     if width != known:
         family = f" ({WIDTHS[width]})" if width in WIDTHS else ""
         raise ValueError(
             f"the vectors of {shown(token)} have {width} numbers{family}, but this "
             f"model's words have {known}: take a word that was learned with it"
         )
-    tokenizer = sd.tokenizer.with_word(token, count)
-    table = text.token_embedding.weight[: len(sd.tokenizer)]
-    rows = vectors.to(table)
-    check_numbers(vectors, rows, f"the word {shown(token)}")
-    table = torch.cat([table, rows])
-    text.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
-    text.config = replace(text.config, vocab=len(tokenizer))
-    sd.tokenizer = tokenizer
+    longer = tokenizer.with_word(token, count)
+    table = sd.parts[part].token_embedding.weight[: len(tokenizer)]
+    new = rows.to(table)
+    check_numbers(rows, new, f"the word {shown(token)}")
+    both = torch.cat([table, new])
+    return longer, nn.Embedding.from_pretrained(both, freeze=False)
+
+
+@torch.no_grad()
+def add_embedding(sd: Any, embedding: Embedding) -> None:
+    """Teach a `StableDiffusion` the word: tokens behind its vocabulary, rows below its
+    table. All that it knew stays as it was, to the bit."""
+    token, vectors, second = embedding
+    mine, theirs = ("SD 1 or SD 2", "SDXL")[:: 1 if second is None else -1]
+    if ("text_encoder_2" in sd.parts) != (second is not None):
+        raise ValueError(
+            f"{shown(token)} is a word for {mine}, but this model is {theirs}: leave "
+            "the word out, or take another model"
+        )
+    rows: dict[str, Any] = {"text_encoder": vectors, "text_encoder_2": second}
+    here = [part for part in rows if part in sd.parts]
+    made = {part: with_rows(sd, part, token, rows[part]) for part in here}
+    for part, (tokenizer, table) in made.items():
+        text = sd.parts[part]
+        text.token_embedding = table
+        text.config = replace(text.config, vocab=len(tokenizer))
+        sd.parts[part.replace("text_encoder", "tokenizer")] = tokenizer
 
 
 FORMS = (".safetensors", ".bin", ".pt")
@@ -88,11 +100,12 @@ def read_embedding(path: str | Path, token: str = "") -> Embedding:
         path = path / name if (path / name).is_file() else path
     tensors = read_tensors(path)
     refuse_foreign(tensors)
-    key, own = find_word(tensors)
-    vectors = tensors[key].detach().clone()
-    vectors = vectors.reshape(-1, vectors.shape[-1])
-    check_numbers(vectors, vectors, f"{path}: {shown(key)}")
-    return Embedding(token or own, vectors)
+    names, own = find_word(tensors)
+    read = [tensors[name].detach().clone() for name in names]
+    read = [x.reshape(-1, x.shape[-1]) for x in read]
+    for name, x in zip(names, read, strict=True):
+        check_numbers(x, x, f"{path}: {shown(name)}")
+    return Embedding(token or own, *read)
 
 
 def split_word(text: str) -> tuple[str, str]:
@@ -103,9 +116,13 @@ def split_word(text: str) -> tuple[str, str]:
 
 
 def write_embedding(path: str | Path, embedding: Embedding) -> None:
-    """For diffusers, or for A1111 if the path ends in .pt; which reads both."""
-    path, (token, vectors) = Path(path), embedding
-    kept = vectors.detach().float().cpu().contiguous()
+    """For diffusers, or for A1111 if the path ends in .pt; which reads both.
+
+    A word for SDXL is called as its file.
+    """
+    path, (token, *both) = Path(path), embedding
+    kept, *more = (x.detach().float().cpu().contiguous() for x in both if x is not None)
+    tensors = {"clip_l": kept, "clip_g": more[0]} if more else {token: kept}
     a1111 = {
         "string_to_token": {"*": 265},
         "string_to_param": {"*": kept},
@@ -119,9 +136,10 @@ def write_embedding(path: str | Path, embedding: Embedding) -> None:
             f"{path} does not say its format; give a name that ends in "
             f"{', '.join(FORMS)}"
         )
-    pickled = partial(torch.save, a1111 if path.suffix == ".pt" else {token: kept})
+    plain = more or path.suffix != ".pt"
+    pickled = partial(torch.save, tensors if plain else a1111)
     safe = path.suffix == ".safetensors"
-    write_files({path: tensor_writer({token: kept}) if safe else pickled})
+    write_files({path: tensor_writer(tensors) if safe else pickled})
 
 
 class WordFile(NamedTuple):

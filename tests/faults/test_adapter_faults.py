@@ -68,7 +68,7 @@ DRAWING = {  # what is said with txt2img -> the sentence
     "no word there": (["--embedding", "@nowhere.pt"], "nowhere.pt"),
     "half a word": (["--embedding", "@half-word.safetensors"], "half-word.safetensors is damaged"),
     "a LoRA as a word": (["--embedding", "@lora.safetensors"], "is a LoRA, but a textual inversion is wanted"),
-    "a word for SDXL": (["--embedding", "@xl.safetensors"], "is a textual inversion for SDXL"),
+    "a word for SDXL": (["--embedding", "@xl.safetensors"], "is a word for SDXL, but this model is SD 1 or SD 2"),
     "a word for SD 1": (["--embedding", "@wide.pt:<w>"], "have 768 numbers (SD 1), but this model's words have 32"),
     "a word too long": (["--embedding", "@long.pt"], "has 76 tokens; 1 to 75 fit"),
     "a word of NaNs": (["--embedding", "@nan.bin"], "holds NaN or infinite numbers"),

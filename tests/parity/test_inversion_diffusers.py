@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from family import save_family
 from random_model import random_vectors
+from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 from sdlearn.inversion import Embedding, add_embedding, read_embedding, write_embedding
@@ -33,6 +35,27 @@ def test_diffusers_hears_the_same(tmp_path, small_folder, sd, name, count):
     pipe.load_textual_inversion(str(tmp_path), weight_name=name)
     prompts = PROMPTS[: 3 if count == 1 else 2]  # it knows a word of several tokens in small letters, and once
     torch.testing.assert_close(sd.encode(prompts)["context"], theirs(pipe, prompts), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@torch.no_grad()
+def test_diffusers_hears_the_same_word_with_both_text_encoders_of_sdxl(tmp_path, count):
+    save_family(tmp_path / "sdxl", "SDXL", deep=False)
+    ours = StableDiffusion.load(tmp_path / "sdxl", "cpu", torch.float32)
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "sdxl", unet=None, vae=None, add_watermarker=False)
+    write_embedding(
+        tmp_path / "toy.safetensors", Embedding("<toy>", random_vectors(count, 24), random_vectors(count, 40))
+    )
+    add_embedding(ours, read_embedding(tmp_path / "toy.safetensors", "<toy>"))
+    state = load_file(tmp_path / "toy.safetensors")
+    for name, end in (("clip_l", ""), ("clip_g", "_2")):
+        parts = {"text_encoder": getattr(pipe, f"text_encoder{end}"), "tokenizer": getattr(pipe, f"tokenizer{end}")}
+        pipe.load_textual_inversion(state[name], token="<toy>", **parts)
+    for prompt in PROMPTS[: 3 if count == 1 else 2]:
+        context, _, pooled, _ = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
+        mine = ours.encode([prompt])
+        torch.testing.assert_close(mine["context"], context, atol=1e-5, rtol=0)
+        torch.testing.assert_close(mine["pooled"], pooled, atol=1e-5, rtol=0)
 
 
 def test_diffusers_hears_the_same_in_a_saved_folder(tmp_path, sd):

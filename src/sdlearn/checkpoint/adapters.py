@@ -27,6 +27,7 @@ CONTEXT = re.compile(  # the context's projections to keys; LoRAs have their own
 # The width of the context -> the family.
 WIDTHS = {768: "SD 1", 1024: "SD 2", 1280: "SDXL refiner", 2048: "SDXL"}
 TINY = 192  # the course's own model
+SDXL_WORD = {"clip_l": 768, "clip_g": 1280}  # the two tensors of a word: their widths
 METHODS = {  # what is trained like a LoRA, and is none -> a sign in its names
     "a DoRA": r"\.(dora_scale|lora_magnitude_vector)\b",
     "a LoHa (LyCORIS)": r"\.hada_",
@@ -284,23 +285,27 @@ def misfit(tensors: Tensors, networks: Mapping[str, Any], layer: str) -> str:
     )
 
 
-def find_word(tensors: Tensors) -> tuple[str, str]:
-    """A textual inversion's one tensor, and what its word is called.
+def find_word(tensors: Tensors) -> tuple[list[str], str]:
+    """A textual inversion's one tensor, or SDXL's two; and what its word is called.
 
     Raises ValueError, one sentence, for other files.
     """
     path = tensors.path
-    if "clip_g" in tensors:
-        raise ValueError(
-            f"{path} is a textual inversion for SDXL, with vectors for both its text "
-            "encoders (clip_l, clip_g), but one for SD 1 or SD 2 is wanted"
-        )
     names = [name for name in tensors if not name.startswith("string_to_token.")]
-    name = names[0] if len(names) == 1 else ""
-    dtype, shape = tensors.entries.get(name, ("", ()))
-    if "float" not in dtype or len(shape) not in (1, 2) or 0 in shape:
+    both = sorted(names, reverse=True) == [*SDXL_WORD]
+    names = [*SDXL_WORD] if both else names
+    entries = [tensors.entries[name] for name in names if both or len(names) == 1]
+    kinds = [("float" in x.dtype and len(x.shape) in (1, 2)) for x in entries]
+    if not entries or not all(kinds) or any(0 in x.shape for x in entries):
         raise ValueError(
             f"{path} is {called(recognise(tensors))}, but a textual inversion is "
             "wanted: one tensor of floats, (width,) or (n, width)"
         )
-    return name, path.stem if name in ("emb_params", "string_to_param.*") else name
+    counts = [math.prod(x.shape[:-1]) for x in entries]
+    if len({*counts}) > 1:
+        raise ValueError(
+            f"{path} has {counts[0]} vectors for SDXL's first text encoder and "
+            f"{counts[1]} for its second: take another copy"
+        )
+    nameless = ("emb_params", "string_to_param.*", *SDXL_WORD)
+    return names, path.stem if names[0] in nameless else names[0]

@@ -19,6 +19,7 @@ from shlex import quote
 from typing import NamedTuple
 
 from sdlearn.checkpoint.adapters import (
+    SDXL_WORD,
     TINY,
     WIDTHS,
     family_of,
@@ -204,13 +205,15 @@ def judge_word(report: Report, tensors: Tensors) -> None:
             from sdlearn.checkpoint.load import refuse_foreign
 
             refuse_foreign(tensors)
-        name, token = find_word(tensors)
-        width = tensors.entries[name].shape[-1]
-        if width not in (768, 1024, TINY):
+        names, token = find_word(tensors)
+        widths = [tensors.entries[name].shape[-1] for name in names]
+        width, known = widths[0], [[768], [1024], [TINY], [*SDXL_WORD.values()]]
+        if widths not in known:
             whose = f" for {WIDTHS[width]}" if width in WIDTHS else ""
             raise ValueError(
                 f"{report.path} is a textual inversion{whose}, with vectors of {width} "
-                "numbers, but the words of SD 1 have 768 and those of SD 2 1024"
+                "numbers, but the words of SD 1 have 768, those of SD 2 1024, and "
+                "those of SDXL 768 and 1280"
             )
         model = "" if width == TINY else " --model MODEL"
         prompt = quote(f"... {clean(token)} ...")

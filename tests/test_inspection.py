@@ -1,5 +1,6 @@
 """What a checkpoint is, told from its header: every kind, at full size, at once and without running anything."""
 
+import importlib
 import json
 import pickle
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 from checkpoint_files import CLUTTER, ema_shapes, header, sd15_shapes, write_sparse
 from random_model import save_random_model
+from repository import ROOT
 from safetensors.torch import save_file
 
 from sdlearn.checkpoint.dialects import called, recognise
@@ -180,7 +182,7 @@ KINDS = [  # tensors -> what the text says, what a sentence of the loader says
 def test_kinds(tmp_path, shapes, description, recognised):
     report = inspect(write_sparse(tmp_path / "x.safetensors", shapes, "F16"))
     assert report.description.startswith(description)
-    words = "textual inversion for SD 1", "textual inversion for SD 2"
+    words = "textual inversion for SD 1", "textual inversion for SD 2", "textual inversion for SDXL"
     can = description.startswith((*words, "LoRA for SDXL, rank 4 in", "LoRA for SD 2"))  # others are half a LoRA
     assert bool(report.can) == can and len(report.but) == (not can)
     assert sum(part.tensors for part in report.parts) == len(shapes) and "others" not in [p.name for p in report.parts]
@@ -427,3 +429,16 @@ def test_a_header_can_be_read_back(tmp_path):
     with safe_open(path, "pt") as file:
         assert file.get_tensor("a").shape == (2, 3) and file.metadata() == {"k": "v"}
     assert header({"a": (2,)})[:8] == len(header({"a": (2,)})[8:]).to_bytes(8, "little")
+
+
+@pytest.mark.parametrize("name, what, who", [
+    ("inpainting", "inpainting", "sdlearn.tiny.inpainting.load_inpainting"),
+    ("crops", "crops", "sdlearn.tiny.crops.load_crops"),
+])  # fmt: skip
+def test_the_differences_that_are_shipped(name, what, who):
+    """They are no models; inspect says what each is, and who makes one of it."""
+    report = inspect(ROOT / "checkpoints" / "tiny" / name / "difference.safetensors")
+    assert report.description == f"difference to the tiny model's U-Net, for {what}" and not report.can
+    assert report.but == [f"it is the change of a U-Net, and no model: {who}(BASE).save(FOLDER) writes the whole one"]
+    module, function = who.rsplit(".", 1)
+    assert callable(getattr(importlib.import_module(module), function))

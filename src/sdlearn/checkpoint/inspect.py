@@ -65,6 +65,10 @@ PARTS = {  # of files that have several -> how the names of their tensors begin
     "attention": r"ip_adapter\.",
     "EMA copies": r"model_ema\.(diffusion_)?model",
 }
+CHANGED = {  # what a difference to a U-Net has whole -> what for, who adds it
+    "conv_in.weight": ("inpainting", "sdlearn.tiny.inpainting.load_inpainting"),
+    "add_embedding.linear_1.weight": ("crops", "sdlearn.tiny.crops.load_crops"),
+}
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
 ASIDE = "left aside"  # what nobody needs for drawing
 
@@ -160,6 +164,8 @@ def inspect_file(path: Path, tensors: Tensors) -> Report:
         shape = next(iter(entries.values())).shape
         known = {TINY, *WIDTHS}
         kind = "textual inversion" if shape and shape[-1] in known else kind
+    if kind == "unknown" and "base" in tensors.metadata:
+        kind = "difference" if changed(entries) else kind
     words, parts = describe(kind, entries, tensors.metadata), count(entries, kind)
     about = tensors.format, tensors.bytes, parts, tensors.metadata
     report = Report(str(path), kind, words, *about)
@@ -167,11 +173,21 @@ def inspect_file(path: Path, tensors: Tensors) -> Report:
         judge_lora(report, tensors)
     elif kind == "textual inversion":
         judge_word(report, tensors)
+    elif kind == "difference":
+        report.but.append(
+            "it is the change of a U-Net, and no model: "
+            f"{changed(entries)[1]}(BASE).save(FOLDER) writes the whole one"
+        )
     else:
         judged(report, bool(tensors.foreign) or kind in TEXTS and not path.is_dir())
     if any(part.name == "EMA copies" for part in parts):
         report.but.append("the EMA copies are left aside, the plain weights are used")
     return report
+
+
+def changed(entries: Mapping[str, Entry]) -> tuple[str, ...]:
+    """What a difference to a U-Net is for, and who adds it; () if it is none."""
+    return next((CHANGED[name] for name in CHANGED if name in entries), ())
 
 
 def judge_lora(report: Report, tensors: Tensors) -> None:
@@ -284,6 +300,8 @@ def describe(kind: str, entries: Mapping[str, Entry], metadata: Mapping) -> str:
         family = "SDXL" if "clip_g" in entries else families.get(width, "")
         of = f" for {family}" if family else ""
         return f"textual inversion{of}, vectors: {math.prod(many)}"
+    if kind == "difference":
+        return f"difference to the tiny model's U-Net, for {changed(entries)[0]}"
     if kind == "unknown":
         return "unknown: its tensors have the names of no model that sdlearn knows"
     return f"{word}{of}" + (f", {names}" if names else "")

@@ -550,6 +550,13 @@ def test_wrong_words(folders, tmp_path, capsys, monkeypatch, words, sentence):
     assert "step/s" not in said  # nothing was drawn in vain
 
 
+def test_times_of_its_own_are_no_way_for_two(folders, tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
+    words = ["-i", tmp_path / "x.png", "--model", folders / "base", "--refiner", folders / "refiner"]
+    assert main(["img2img", "a cat", *map(str, words), "--sampler", "lcm", "-o", str(tmp_path / "y.png")]) == 2
+    assert "with an image the sampler lcm has times of its own" in capsys.readouterr().err
+
+
 def test_a_mask_is_for_the_base(folders, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["inpaint", "a cat", "-i", "x.png", "--mask", "y.png", "--refiner", str(folders / "refiner")])

@@ -491,8 +491,15 @@ def refine(
     """
     from sdlearn.checkpoint import hub
     from sdlearn.checkpoint.load import plan
+    from sdlearn.samplers import SAMPLERS
     from sdlearn.sdxl import PartOfTheWay
 
+    own = SAMPLERS[request.sampler].levels and request.spacing is None
+    if own and request.image is not None:
+        raise ValueError(
+            f"with an image the sampler {request.sampler} has times of its own, on "
+            "which a refiner cannot go on: take another sampler"
+        )
     at = 0.8 if args.refine_at is None else args.refine_at
     first, rest = PartOfTheWay(end=at), PartOfTheWay(at)
     paths = [hub.find_model(find_model(path)) for path in (args.model, args.refiner)]

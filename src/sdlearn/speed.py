@@ -88,7 +88,10 @@ class FastAttention(Attention):
 
     def words(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Its keys and values, computed at the first time."""
-        weights = [(p.data_ptr(), p._version) for p in self.parameters()]
+        weights = [  # those made in inference mode cannot be changed outside of it
+            (p.data_ptr(), None if p.is_inference() else p._version)
+            for p in self.parameters()
+        ]
         for known, then, *both in self.known:
             if known is context and then == weights:
                 return both[0], both[1]

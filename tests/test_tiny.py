@@ -219,6 +219,26 @@ def test_the_history_holds_no_impossible_record(path):
     assert steps == sorted(steps)
 
 
+BY_HAND = {  # stage: where its rate left the recipe; empty it when weights come that the recipe made in one go
+    "judge": "its learning rate fell to 0 at step 1,500 and rose again",
+    "unet": "its learning rate fell to 0 at steps 7,600 and 12,700 and rose again",
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_history_of_a_stage_is_one_run_of_its_recipe(stage, request):
+    """All its steps, at the learning rate of the recipe at each report."""
+    if stage in BY_HAND:
+        request.applymarker(pytest.mark.xfail(reason=BY_HAND[stage], strict=True))
+    path, recipe = ROOT / f"checkpoints/tiny/history/{stage}.jsonl", STAGES[stage]
+    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert records[-1]["step"] == recipe.steps
+    for record in records:  # the oldest logs do not tell the rate
+        assert record.get("lr", recipe.rate(record["step"] - 1)) == pytest.approx(
+            recipe.rate(record["step"] - 1), abs=2e-6
+        ), record
+
+
 def test_an_impossible_record_is_found():
     sound = {"step": 8550, "loss": 0.03879, "weighted": 0.021137, "lr": 0.0008}
     assert possible(sound) and not possible(sound | {"weighted": -0.093611}) and not possible(sound | {"lr": math.nan})

@@ -309,11 +309,15 @@ def test_every_figure_of_the_shipped_model_is_printed_and_written(monkeypatch, t
     ("--json {folder}", "is a folder, but the name of a file is wanted"),
     ("--json {folder}/file/figures.json", "cannot be written"),
     ("--sampler none", "none"),
+    ("--steps 0", "steps is 0"),
+    ("--seed 4294967000", "seed is"),  # not after an hour, where the seeds end
     ("--model {folder}", "{folder}"),
 ])  # fmt: skip
 def test_wrong_wishes_are_told_before_the_work(words, sentence, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(UNet, "forward", lambda *words: pytest.fail("it begins to draw"))
+    if "model" not in words:
+        monkeypatch.setattr(evaluate.StableDiffusion, "load", lambda *words: pytest.fail("it loads a model"))
     assert main(["evaluate", "--model", str(TINY), *words.format(folder=tmp_path).split()]) == 2
     told = capsys.readouterr().err
     assert sentence.format(folder=tmp_path) in told and told.count("\n") == 1

@@ -76,7 +76,9 @@ def test_sizes():
 
 
 def test_every_stage_has_a_recipe_and_a_maker():
-    assert list(STAGES) == list(MAKE) and list(STAGES)[-2:] == ["unet", "guided"] and BANK >= 2048
+    assert (
+        list(STAGES) == list(MAKE) == list(tiny.STAGE_HELP) and list(STAGES)[-2:] == ["unet", "guided"] and BANK >= 2048
+    )
     assert all(recipe.cooldown < recipe.steps for recipe in STAGES.values())
     assert STAGES["clip"].batch % 4 == 0  # whole families
 

@@ -372,7 +372,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint folder with a judge",
     )
     parser.add_argument(
-        "--prompts", type=int, default=500, help="how many pictures to draw and judge"
+        "--prompts",
+        type=int,
+        default=500,
+        help="pictures in the five rows (500); a fourth for each other way to draw",
     )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--sampler", default="ddpm")
@@ -391,15 +394,16 @@ def main(args: argparse.Namespace) -> None:
         )
     if args.json:
         check_writable(args.json)
-    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
-    model = StableDiffusion.load(args.model, args.device, dtype)
-    judge = load_judge(args.model)
     settings = {
         "steps": args.steps,
         "sampler": args.sampler,
         "cfg_scale": args.cfg_scale,
         "seed": args.seed,
     }
+    Request("", n=1000, **settings)  # what is wrong is told before the work
+    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
+    model = StableDiffusion.load(args.model, args.device, dtype)
+    judge = load_judge(args.model)
     following = prompt_following(model, judge, args.prompts, **settings)
     figures = {
         "pictures in a row": args.prompts // len(ROWS),

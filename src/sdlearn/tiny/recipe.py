@@ -397,6 +397,17 @@ ADAPTERS: dict[str, tuple[str, str]] = {
 }
 
 
+STAGE_HELP = {
+    "clip": "the text encoder and an image tower, contrastively",
+    "vae": "the autoencoder, on crops",
+    "decoder": "the VAE's decoder once more, on whole pictures",
+    "judge": "the classifier that sdlearn evaluate asks",
+    "places": "the text encoder once more: what lies where",
+    "unet": "the U-Net: the noise in latents",
+    "guided": "the U-Net once more: its guided answers",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A subcommand for each stage and each adapter."""
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
@@ -405,7 +416,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "export": "runs -> checkpoint",
         "begin": "checkpoint -> runs, for training to go on",
     }
-    about = {stage: f"the tiny model's {stage}" for stage in STAGES} | whole
+    about = STAGE_HELP | whole
     for stage, what in about.items():
         add = stages.add_parser(stage, help=what).add_argument
         add(

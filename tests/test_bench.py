@@ -92,6 +92,20 @@ def test_a_small_run(tmp_path, capsys):
     assert all(row["ours"] > 0 and row["theirs"] > 0 for row in rows) and "ratio" in text
 
 
+def test_a_process_that_is_killed_is_told():
+    """Nobody writes a last word then: not enough memory, say."""
+    with pytest.raises(ValueError, match="failed: it ended with 9, perhaps for want of memory"):
+        in_a_process("import os; os._exit(9)", 1)
+
+
+def test_small_networks_are_measured_in_all_parts_that_can_be_small(monkeypatch):
+    monkeypatch.setattr(bench, "write_models", lambda folder, *how: folder)
+    done, row = [], [Row("x", 1.0, 1.0)]
+    for part in ("networks", "loading", "tiles", "tiny_process"):
+        monkeypatch.setattr(bench, part, lambda *how, part=part: done.append(part) or row)
+    assert main(["bench", "--small", "--device", "cpu"]) == 0 and done == ["networks", "tiles", "tiny_process"]
+
+
 @pytest.mark.parametrize(("words", "sentence"), [
     ("bench unets", "part 'unets' is unknown"),
     ("bench unet --repeats 0", "--repeats 0"),

@@ -1,13 +1,16 @@
 """The tiny model's twin that is told of crops: it begins as the tiny model, sees cut scenes, is saved and read."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from random_model import save_random_model
 from repository import ROOT
 
 from sdlearn.checkpoint.load import load
+from sdlearn.cli import main
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.request import Request
 from sdlearn.sdxl import MicroConditioning
@@ -104,6 +107,20 @@ def test_it_is_saved_read_and_told(tmp_path, runs):
         sd.save(tmp_path / "whole", torch.float32)  # the whole model is a folder like any other
         again = StableDiffusion.load(tmp_path / "whole", "cpu", torch.float32)
         assert torch.allclose(again.unet(xt, 500, **again.told(Request("a cat", seed=0))[0]), mine, atol=1e-4)
+
+
+def test_a_run_belongs_to_the_weights_that_it_began_with(tmp_path, capsys, monkeypatch):
+    """Else the difference to one model would be written as that to another."""
+    written, task = [], SimpleNamespace(unet=None, load_state_dict=lambda *how, **more: None)
+    monkeypatch.setattr(crops, "train_task", lambda *how: None)
+    monkeypatch.setattr(crops, "make_task", lambda *how: task)
+    monkeypatch.setattr(crops, "averaged_weights", lambda path: {})
+    monkeypatch.setattr(crops, "save_difference", lambda *how: written.append(how))
+    words = ["train", "crops", "--runs", str(tmp_path), "--to", str(tmp_path / "to"), "--model"]
+    save_random_model(tmp_path / "other")
+    assert main([*words, str(BASE)]) == main([*words, str(BASE)]) == 0 and len(written) == 2
+    assert main([*words, str(tmp_path / "other")]) == 2 and len(written) == 2
+    assert f"crops was begun with other weights than those of {tmp_path / 'other'}: remove" in capsys.readouterr().err
 
 
 # --- what the shipped one can do

@@ -28,9 +28,28 @@ def test_a_weight_is_wrong_by_half_a_scale_at_most(out, width, size, seed):
     assert (numbers.flatten(1).abs().amax(1) == 127).all()  # each channel uses the whole range
 
 
-def test_a_channel_of_zeros_stays_zero():
-    numbers, scale = to_eight_bits(torch.zeros(2, 3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_channel_of_zeros_stays_zero(dtype):
+    numbers, scale = to_eight_bits(torch.zeros(2, 3, dtype=dtype))
     assert (numbers == 0).all() and scale.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_numbers_belong_to_the_scale_that_is_kept(dtype):
+    """In 16 bits the scale is rounded, too; the numbers are then those of the rounded one."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    numbers, scale = to_eight_bits(weight)
+    assert scale.dtype == dtype and numbers.abs().max() <= 127
+    off = (numbers.float() * scale.float() - weight.float()).abs() / scale.float()
+    assert (off[numbers.abs() < 127] <= 0.5001).all()
+
+
+def test_a_model_in_8_bits_is_not_saved(tmp_path):
+    sd = speed_up(StableDiffusion(*random_parts()[0], "cpu"), int8=True)
+    for name in ("folder", "file.safetensors"):
+        with pytest.raises(ValueError, match="weights in 8 bits are for drawing alone, no file holds them"):
+            sd.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("layer, x", [

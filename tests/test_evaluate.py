@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from test_judge import Perfect
 
 from sdlearn.cli import main
-from sdlearn.tiny import evaluate
+from sdlearn.tiny import evaluate, unsaid
 from sdlearn.tiny.evaluate import (
     CEILINGS,
     PARTS,
@@ -28,7 +28,7 @@ from sdlearn.tiny.evaluate import (
     table_of,
     vae_psnr,
 )
-from sdlearn.tiny.judge import Judge
+from sdlearn.tiny.judge import Finding, Judge
 from sdlearn.tiny.scenes import RELATIONS, parse, split_of
 from sdlearn.tiny.tasks import to_tensor
 from sdlearn.unet import UNet, UNetConfig
@@ -129,6 +129,43 @@ def test_prompt_following_of_a_painter(monkeypatch, mirror):
         assert values["all"] == float(not (mirror and pair))
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+def test_otherwise_draws_the_same_scenes_in_each_way_and_single_things_have_no_relation(monkeypatch, mirror):
+    painter = Painter(lambda scene: scene.mirrored() if mirror and len(scene.things) == 2 else scene)
+
+    def look(judge, images):  # all pictures of the way that was drawn last
+        prompts = [prompt for prompts, _ in painter.calls for prompt in prompts][-len(images) :]
+        return LOOK(Perfect(*(painter.change(parse(prompt)) for prompt in prompts)), images)
+
+    monkeypatch.setattr(evaluate, "look", look)
+    table = evaluate.otherwise(painter, None, 10, steps=50, sampler="ddpm", cfg_scale=5.0, seed=1)
+    assert list(table) == [*evaluate.ELSE]
+    assert {"guidance 1", "guidance 3", "guidance 7.5"} <= set(table)  # one control for all of them
+    for values in table.values():
+        assert values["objects"] == values["colours"] == values["background"] == 1
+        assert values["relation"] == float(not mirror) and values["all"] == (0.4 if mirror else 1)
+    settings, prompts = [how for _, how in painter.calls], [prompts for prompts, _ in painter.calls]
+    assert all(asked == prompts[0] for asked in prompts) and len({how["seed"] for how in settings}) == 1
+    for how, changes in zip(settings, evaluate.ELSE.values(), strict=True):
+        assert {"steps": 50, "sampler": "ddpm", "cfg_scale": 5.0} | changes == {k: how[k] for k in how if k != "seed"}
+
+
+def test_what_is_left_open_is_drawn_from_noise_of_its_own(monkeypatch):
+    """No seed twice for one scale, and the same ones for the other."""
+    seeds = {}
+
+    class Artist:
+        def txt2img(self, prompts, *, seed, cfg_scale, **settings):
+            assert settings == {"steps": 9, "sampler": "ddim"} and len(set(prompts)) == 1
+            seeds.setdefault(cfg_scale, []).extend(range(seed, seed + len(prompts)))
+            return [parse(prompts[0]).image()] * len(prompts)
+
+    monkeypatch.setattr(unsaid, "look", lambda judge, images: [Finding({}, "pink", 0.0)] * len(images))
+    found = evaluate.unsaid(Artist(), None, count=6, throws=4, steps=9, sampler="ddim", cfg_scale=3.0, seed=5)
+    assert list(found) == ["guidance 1", "guidance 7.5"] and found["guidance 1"]["backgrounds"] == 0
+    assert seeds[1.0] == seeds[7.5] and len(set(seeds[1.0])) == 6 * 4
+
+
 def test_vae_psnr_of_a_vae_that_loses_nothing_but_a_little():
     def model(error):
         vae = SimpleNamespace(encode=lambda x: SimpleNamespace(mean=x / 2),
@@ -143,17 +180,18 @@ def test_table():
     text = table_of({"VAE PSNR, dB": 28.04, "CLIP retrieval": {"a": 0.5}, "attention overlap": {"inside": 0.25},
                      "words heard": {"colours": 0.75}, "prompt following": {"seen, one thing": values},
                      "pictures in a row": 80, "settings": {"steps": 50, "seed": 1},
-                     "otherwise": {"guidance 1": dict.fromkeys(PARTS, 0.25)},
-                     "unsaid": {"guidance 1": {"backgrounds": 0.9, "sides": 0.8}},
+                     "otherwise": {"guidance 1": dict.fromkeys(PARTS, 0.25) | {"relation": math.nan}},
+                     "unsaid": {"guidance 1": {"backgrounds": 0.9, "sides": 0.8, "backgrounds, standard error": 0.02,
+                                               "sides, standard error": math.nan}},
                      "fills": {"drawn": 12.34}})  # fmt: skip
     lines = text.splitlines()
     assert lines[0] == "VAE PSNR on fresh scenes: 28.0 dB"
     assert lines[1:4] == ["CLIP retrieval: a 0.50", "attention overlap: inside 0.25", "words heard: colours 0.75"]
-    assert lines[4] == "80 pictures in each row; steps 50 seed 1"
+    assert lines[4] == "80 pictures in each row; steps 50 seed 1; a share of 0.90 has a standard error of 0.03"
     assert lines[5].split() == ["prompt", "following", *PARTS, *" ".join(CEILINGS).split()]
     assert lines[6].split()[3:] == ["0.50", "0.50", "0.50", "-", "0.50", "1.00", "0.75"]
-    assert lines[8].split() == ["guidance", "1", *["0.25"] * 5]
-    assert lines[9] == "left open, guidance 1 (1: as a fair die): backgrounds 0.90, sides 0.80"
+    assert lines[8].split() == ["guidance", "1", "0.25", "0.25", "0.25", "-", "0.25"]
+    assert lines[9] == "left open, guidance 1 (1: as a fair die): backgrounds 0.90 ± 0.02, sides 0.80 ± nan"
     assert lines[10] == "main fill, distance from its colour in RGB: drawn 12.3"
 
 
@@ -271,11 +309,15 @@ def test_every_figure_of_the_shipped_model_is_printed_and_written(monkeypatch, t
     ("--json {folder}", "is a folder, but the name of a file is wanted"),
     ("--json {folder}/file/figures.json", "cannot be written"),
     ("--sampler none", "none"),
+    ("--steps 0", "steps is 0"),
+    ("--seed 4294967000", "seed is"),  # not after an hour, where the seeds end
     ("--model {folder}", "{folder}"),
 ])  # fmt: skip
 def test_wrong_wishes_are_told_before_the_work(words, sentence, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(UNet, "forward", lambda *words: pytest.fail("it begins to draw"))
+    if "model" not in words:
+        monkeypatch.setattr(evaluate.StableDiffusion, "load", lambda *words: pytest.fail("it loads a model"))
     assert main(["evaluate", "--model", str(TINY), *words.format(folder=tmp_path).split()]) == 2
     told = capsys.readouterr().err
     assert sentence.format(folder=tmp_path) in told and told.count("\n") == 1

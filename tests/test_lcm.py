@@ -224,6 +224,13 @@ def test_image_to_image_is_that_of_diffusers(published):
 def test_segments_end_where_they_should():
     t = torch.tensor([1, 249, 250, 499, 500, 749, 750, 999])
     assert segment_end(t, 4).tolist() == [-1, -1, 249, 249, 499, 499, 749, 749]
+    assert segment_end(torch.tensor([333, 334, 667, 668, 999]), 3).tolist() == [
+        -1,
+        333,
+        333,
+        667,
+        667,
+    ]  # never a fourth
     assert segment_end(t, 2).tolist() == [-1] * 4 + [499] * 4 and segment_end(t, 1).tolist() == [-1] * 8
 
 
@@ -263,6 +270,10 @@ def test_advice():
         ("lcm", 7.5, False, True, False): [],
         ("lcm", 1.0, False, False, False): ["with plain weights"],
         ("lcm", 7.5, False, False, False): ["with plain weights"],
+        ("lcm", 1.0, True, False, True): ["a scale of 1 is no guidance, so the negative prompt is never used"],
+        ("ddpm", 7.5, True, False, True): [],
+        ("ddpm", 7.5, True, False, True, True): ["by its name this is an LCM-LoRA, and ddpm does not go its way"],
+        ("lcm", 1.0, False, False, True, True): [],
         ("lcm", 7.5, False, False, True): ["a scale of 7.5 guides it once more"],
         ("lcm", 7.5, True, True, False): ["the negative prompt is never used"],
         ("ddim", 7.5, True, True, False): ["ddim does not go its way", "the negative prompt is never used"],
@@ -318,6 +329,8 @@ def test_an_lcm_lora_is_loaded_with_its_convolutions(small_lora, tmp_path, capsy
     assert code == 0 and "sdlearn: " not in said and "CFG scale: 1.0" in text
     code, said, _ = drawn(tmp_path, capsys, "--sampler", "lcm", "--lora", str(small_lora), "--cfg-scale", "7.5")
     assert code == 0 and "a scale of 7.5 guides it once more: take 1 to 2" in said
+    code, said, _ = drawn(tmp_path, capsys, "--steps", "2", "--lora", str(small_lora))
+    assert code == 0 and "by its name this is an LCM-LoRA, and ddpm does not go its way" in said
 
 
 def test_an_lcm_lora_for_another_family_is_refused(tmp_path, capsys):

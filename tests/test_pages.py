@@ -46,6 +46,23 @@ def test_the_glossary_is_sorted_and_names_nothing_twice():
         assert chapter and chapter[1] == chapter[2], f"not an entry that ends with its chapter: {entry!r}"
 
 
+FIELD = """adversary, DDIM, ELBO, Euler's method, frozen, InfoNCE, maximum likelihood, output projection,
+perceptual loss, posterior, posterior collapse, prior, probability flow, residual connection, residual stream, score,
+self-attention, skip connection, temperature, upsampling, classifier-free guidance, epsilon prediction, v-prediction,
+negative prompt, warm-up, weight tying, zero terminal SNR""".replace("\n", " ").split(", ")
+
+
+def test_the_words_of_the_field_are_defined_and_linked_from_the_chapter_that_introduces_them():
+    orphans, defined = [], set()
+    for entry in PAGES["glossary.md"].split("\n## ")[1:]:
+        found, chapter = [*terms("## " + entry)], re.search(r"\[Chapter\s+(\d\d)\]", entry)[1]
+        defined |= {word for word, _ in found}
+        if not any(f"(glossary.md#{anchor})" in PROSE[chapter] for _, anchor in found):
+            orphans.append(found)
+    assert orphans == [] and len(defined) > 190
+    assert set(FIELD) - defined == set()
+
+
 # --- the notation
 def names_in(sources: list[str]) -> set[str]:
     """Every name that some code uses: variables, arguments, attributes, functions."""

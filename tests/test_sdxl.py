@@ -414,6 +414,16 @@ def test_two_parts_of_the_way_are_the_whole(models, at):
     assert end.total + rest.total == 20 and np.array_equal(np.asarray(whole), np.asarray(rest.images()[0]))
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "euler_a", "lcm"])
+def test_the_dice_of_the_second_part_go_on(models, sampler):
+    """The noise that the first part rolled is not rolled again; each picture has dice of its own."""
+    sd, how = models["SDXL"], FEW | {"steps": 5, "cfg_scale": 1.0, "sampler": sampler, "n": 2}
+    whole = sd.txt2img("a cat", **how)
+    *_, end = sd.steps("a cat", extras=[PartOfTheWay(end=0.5)], **how)
+    *_, rest = sd.steps("a cat", latents=end.latents, extras=[PartOfTheWay(begin=0.5)], **how)
+    assert [x.tobytes() for x in rest.images()] == [x.tobytes() for x in whole]
+
+
 @pytest.mark.parametrize("make, sentence", [
     (lambda: PartOfTheWay(0.5, 0.5), "a part of the way from 0.5 to 0.5 has no length; begin before the end"),
     (lambda: PartOfTheWay(end=1.5), "end is 1.5; give a number from 0 to 1"),
@@ -569,6 +579,9 @@ def test_drawing_with_sdxl(folders, tmp_path, capsys):
 @pytest.mark.parametrize("words, sentence", [
     (["--refiner", "nowhere"], "there is no model at nowhere"),
     (["--refiner", "sd2"], "sd2 has other latents than base: give a model of the same family to go on with them"),
+    (["--refine-at", "0.8"], "--refine-at says when a refiner begins: name it with --refiner"),
+    (["--refiner", "refiner", "--refine-at", "0.95", "--steps", "4", "--spacing", "trailing"],
+     "none of the 4 steps lies between 0.95 and 1.0 of the way"),
     (["--refiner", "refiner", "--refine-at", "1.5"], "end is 1.5; give a number from 0 to 1"),
     (["--refiner", "refiner", "--refine-at", "0"], "a part of the way from 0.0 to 0.0 has no length"),
     (["--crop", "-1", "0"], "crop is (-1, 0); give two whole numbers from 0"),
@@ -578,8 +591,16 @@ def test_drawing_with_sdxl(folders, tmp_path, capsys):
 def test_wrong_words(folders, tmp_path, capsys, monkeypatch, words, sentence):
     monkeypatch.chdir(folders)
     assert run(Path(), "-o", str(tmp_path / "x.png"), *words) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert sentence in error and not (tmp_path / "x.png").exists()
+    said = capsys.readouterr().err
+    assert sentence in said.splitlines()[-1] and not (tmp_path / "x.png").exists()
+    assert "step/s" not in said  # nothing was drawn in vain
+
+
+def test_times_of_its_own_are_no_way_for_two(folders, tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
+    words = ["-i", tmp_path / "x.png", "--model", folders / "base", "--refiner", folders / "refiner"]
+    assert main(["img2img", "a cat", *map(str, words), "--sampler", "lcm", "-o", str(tmp_path / "y.png")]) == 2
+    assert "with an image the sampler lcm has times of its own" in capsys.readouterr().err
 
 
 def test_a_mask_is_for_the_base(folders, tmp_path, capsys):

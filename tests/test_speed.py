@@ -115,6 +115,14 @@ def test_keys_and_values_are_forgotten_when_weights_change():
                 assert torch.equal(fast(x, words), simple(x, words)), change
 
 
+def test_weights_of_inference_mode_are_read_too():
+    with torch.inference_mode():
+        simple = Attention(16, 2, 12)
+    fast, x, words = FastAttention(simple, False), torch.randn(2, 9, 16), torch.randn(2, 5, 12)
+    with torch.no_grad():
+        assert torch.equal(fast(x, words), simple(x, words)) and torch.equal(fast(x, words), simple(x, words))
+
+
 @pytest.mark.parametrize("two_passes, contexts", [(False, 1), (True, 2)])
 def test_a_whole_drawing_computes_the_words_once_for_each_context(two_passes, contexts):
     parts, _ = random_parts()

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -193,8 +194,18 @@ def test_a_latent_bank_goes_on_where_it_stopped(vae, tmp_path, monkeypatch):
     first = latent_bank(vae, 4, tmp_path / "b.pt", chunk=2)
     resumed = latent_bank(vae, 8, tmp_path / "b.pt", chunk=2)
     assert torch.equal(resumed, unbroken) and torch.equal(first, unbroken[:4])
-    assert encoded == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]  # nothing twice
-    assert torch.equal(latent_bank(vae, 3, tmp_path / "b.pt"), unbroken[:3]) and len(encoded) == 4
+    look = range(0, 1)  # is it this VAE's?
+    assert encoded == [look, range(0, 2), range(2, 4), look, range(4, 6), range(6, 8)]  # nothing else twice
+    assert torch.equal(latent_bank(vae, 3, tmp_path / "b.pt"), unbroken[:3]) and len(encoded) == 7
+
+
+@pytest.mark.parametrize("sizes", [SMALL_VAE, replace(SMALL_VAE, latent_channels=3)])
+def test_a_latent_bank_of_another_vae_is_not_taken_for_ones_own(vae, tmp_path, sizes):
+    torch.manual_seed(1)
+    other = VAE(sizes).eval()
+    latent_bank(other, 4, tmp_path / "bank.pt", chunk=2)
+    again = latent_bank(vae, 2, tmp_path / "bank.pt")
+    assert torch.equal(again, latent_bank(vae, 2, tmp_path / "mine.pt"))
 
 
 def test_loss_weights():
@@ -304,6 +315,13 @@ def test_a_hint_is_what_the_middle_says_about_places(denoise):
     said = torch.cat([objects, colours], dim=2).mT.unflatten(2, (4, 4))
     task.says.forward = lambda seen: said
     assert task(batch)["hint"] < 1e-3
+    assert not task.unet.middle._forward_hooks
+    with pytest.raises(KeyError):  # and after a failure
+        task({name: x for name, x in batch.items() if name != "noise"})
+    task.text_encoder.forward = lambda tokens: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        task(batch)
+    del task.text_encoder.forward
     assert not task.unet.middle._forward_hooks
 
 

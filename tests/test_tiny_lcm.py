@@ -4,13 +4,14 @@ import json
 import random
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from random_model import SMALL_UNET, random_parts, save_random_model
 
-from sdlearn.checkpoint.load import load, load_unet
+from sdlearn.checkpoint.load import load, load_unet, save
 from sdlearn.cli import main
 from sdlearn.lcm import levels_at
 from sdlearn.lora import load_lora, merge
@@ -177,6 +178,35 @@ def test_training_and_going_on(small, tmp_path, capsys):
     assert "lcm, segments: 4: its 2 steps are done" in said and "segments: 1: goes on after step 1 of 2" in said
 
 
+def test_a_run_belongs_to_the_weights_that_it_began_with(tmp_path, capsys, monkeypatch):
+    """Else a second model would be given, without a word, the LoRA that was trained for the first."""
+    done = []
+    monkeypatch.setattr(consistency, "train_task", lambda label, *rest: done.append(label))
+    monkeypatch.setattr(consistency, "make_task", lambda *how: None)
+    monkeypatch.setattr(consistency, "trained", lambda *how: SimpleNamespace(lora=None))
+    monkeypatch.setattr(consistency, "save_lora", lambda to, lora: None)
+    save_random_model(tmp_path / "a")
+    parts = load(tmp_path / "a")
+    parts.networks["unet"].conv_in.bias.data += 1
+    save(tmp_path / "b", parts, torch.float32)
+    assert train(tmp_path / "a", tmp_path) == 0 and train(tmp_path / "a", tmp_path) == 0 and len(done) == 6
+    assert train(tmp_path / "b", tmp_path) == 2
+    assert "was begun with other weights than those of" in capsys.readouterr().err and len(done) == 6
+
+
+def test_figures_stand_beside_a_lora_of_ones_own(small, tmp_path, capsys, monkeypatch):
+    """Those of the shipped one stay as they are. An odd number of scenes is one more."""
+    monkeypatch.setattr(consistency, "train_task", lambda *how: None)
+    monkeypatch.setattr(consistency, "make_task", lambda *how: None)
+    monkeypatch.setattr(consistency, "trained", lambda *how: SimpleNamespace(lora=None))
+    monkeypatch.setattr(consistency, "save_lora", lambda to, lora: None)
+    monkeypatch.setattr(consistency, "measure", lambda *how: {"ddpm 50": {}})
+    to = tmp_path / "my.safetensors"
+    assert train(small, tmp_path, "--to", to, "--measure", 1) == 0
+    assert json.loads(to.with_suffix(".json").read_text()) == {"ddpm 50": {}}
+    assert not (small / "history").exists()
+
+
 @pytest.mark.slow
 def test_a_student_begins_where_its_teacher_ended(small, tmp_path):
     train(small, tmp_path, "--to", tmp_path / "a.safetensors", "--steps", 3, 1, 1)
@@ -205,6 +235,7 @@ def test_a_whole_model_is_written(small, tmp_path, capsys):
     ("words", "said"),
     [
         (["--to", "a.pt"], "--to is a.pt; give a name like my.safetensors"),
+        (["--whole", "--to", "a", "--measure", "8"], "--measure is for a LoRA"),
         (["--whole"], "--to is None; give the name of a folder"),
         (["--whole", "--to", "a.safetensors"], "--to is a.safetensors; give the name of a folder"),
         (["--steps", "0", "1", "1", "--to", "a.safetensors"], "steps is 0"),

@@ -8,7 +8,7 @@ import pytest
 
 from sdlearn.tiny import unsaid
 from sdlearn.tiny.evaluate import fresh_scenes
-from sdlearn.tiny.judge import Finding
+from sdlearn.tiny.judge import UNKNOWN, Finding
 from sdlearn.tiny.scenes import BACKGROUNDS, parse
 from sdlearn.tiny.unsaid import distance, entropy, fair_entropy, impurity, main_fill, openness, shades
 
@@ -47,10 +47,30 @@ def test_openness_of_a_painter_with_and_without_a_favourite(monkeypatch, narrow)
     scenes = [parse("a cat above a red key on a blue background")] * 40 + [parse("a cat on a blue background")]
     found = openness(draw, None, scenes)
     assert set(asked) == {"a cat and a red key", "a cat"} and len(asked) == 41 * 24
+    assert list(found) == ["backgrounds", "sides", "backgrounds, standard error", "sides, standard error"]
     if narrow:
-        assert found == {"backgrounds": 0, "sides": 0}
+        assert not any(found.values())
     else:
-        assert found == {name: pytest.approx(1, abs=0.03) for name in ("backgrounds", "sides")}
+        for name in ("backgrounds", "sides"):
+            error = found[f"{name}, standard error"]
+            assert 0.003 < error < 0.02 and abs(found[name] - 1) < 3 * error
+
+
+def test_backgrounds_that_the_judge_does_not_know_are_no_ninth_side(monkeypatch):
+    """Muddy grounds in a third of the pictures would pass for variety; in two thirds nothing can be said."""
+    rng, muddy = random.Random(2), 3
+    scenes = [parse("a cat on a blue background")] * 60
+
+    def look(judge, images):
+        grounds = [rng.choice([*BACKGROUNDS]) if i % 3 < muddy - 1 else UNKNOWN for i in range(len(images))]
+        return [seen([("cat", 64, 64)], ground) for ground in grounds]
+
+    monkeypatch.setattr(unsaid, "look", look)
+    blank = [np.zeros((8, 8, 3), np.uint8)]
+    found = openness(lambda texts: blank * len(texts), None, scenes)
+    assert abs(found["backgrounds"] - 1) < 3 * found["backgrounds, standard error"] < 0.1
+    muddy = 2
+    assert math.isnan(openness(lambda texts: blank * len(texts), None, scenes)["backgrounds"])
 
 
 def test_openness_knows_when_it_has_seen_no_sides(monkeypatch):

@@ -154,7 +154,7 @@ def add_refiner_arguments(parser: argparse.ArgumentParser) -> None:
     """Who draws the end; with a mask nobody, since a refiner sees none."""
     add = parser.add_argument
     add("--refiner", metavar="PATH", help="SDXL: a refiner that draws the end")
-    add("--refine-at", type=float, default=0.8, metavar="A",
+    add("--refine-at", type=float, metavar="A",
         help="after which part of the way it takes over, 0 to 1 (0.8)")  # fmt: skip
 
 
@@ -247,7 +247,7 @@ def make_parser(argv: Sequence[str]) -> Parser:
     inpaint = commands.add_parser("inpaint", help="paint a part of a picture anew")
     inpaint.add_argument("prompt", nargs="+", help="what the whole picture shows then")
     add_inpainting_arguments(inpaint)
-    inpaint.set_defaults(refiner=None)
+    inpaint.set_defaults(refiner=None, refine_at=None)
     add_drawing_arguments(inpaint, bool(helped) and command == "inpaint")
 
     demo = commands.add_parser("demo", help="a few pictures, of both kinds, with times")
@@ -497,9 +497,17 @@ def refine(
     """
     from sdlearn.checkpoint import hub
     from sdlearn.checkpoint.load import plan
+    from sdlearn.samplers import SAMPLERS
     from sdlearn.sdxl import PartOfTheWay
 
-    first, rest = PartOfTheWay(end=args.refine_at), PartOfTheWay(args.refine_at)
+    own = SAMPLERS[request.sampler].levels and request.spacing is None
+    if own and request.image is not None:
+        raise ValueError(
+            f"with an image the sampler {request.sampler} has times of its own, on "
+            "which a refiner cannot go on: take another sampler"
+        )
+    at = 0.8 if args.refine_at is None else args.refine_at
+    first, rest = PartOfTheWay(end=at), PartOfTheWay(at)
     paths = [hub.find_model(find_model(path)) for path in (args.model, args.refiner)]
     models = [plan(path).networks for path in paths]  # both, before the work begins
     if len({model["vae"].model.config.scale for model in models}) > 1:
@@ -508,6 +516,7 @@ def refine(
             "same family to go on with them"
         )
     sd = load()
+    rest.numbers(sd.levels(request), sd.schedule.steps)  # is a step left for it?
     begun = watch(sd, replace(request, extras=[*request.extras, first]), label)
     latents, name = begun.latents, sd.name
     del sd, begun
@@ -564,18 +573,23 @@ def save_all(
     return paths
 
 
-def say_advice(request: Request, hears: bool, changed: bool) -> None:
+def say_advice(request: Request, hears: bool, loras: list[tuple[Path, float]]) -> None:
     """What to expect of few steps with these weights."""
     from sdlearn.lcm import advice
 
     negative = any(request.negative_prompt)
-    how = request.sampler, request.cfg_scale, negative, hears, changed
+    named = any("lcm" in path.name.lower() for path, _ in loras)
+    how = request.sampler, request.cfg_scale, negative, hears, bool(loras), named
     for line in advice(*how):
         say(f"sdlearn: {line}")
 
 
 def run_drawing(args: argparse.Namespace) -> None:
     """`sdlearn txt2img`, `sdlearn img2img` and `sdlearn inpaint`."""
+    if args.refine_at is not None and not args.refiner:
+        raise ValueError(
+            "--refine-at says when a refiner begins: name it with --refiner"
+        )
     write_tags(args)
     told = request_of(args)
     check_output(args.output, told.count)
@@ -593,7 +607,7 @@ def run_drawing(args: argparse.Namespace) -> None:
         hears = bool(sd.unet.config.guidance_width)
         if hears and args.cfg_scale is None:
             told, request = (replace(x, cfg_scale=7.5) for x in (told, request))
-        say_advice(request, hears, bool(loras))
+        say_advice(request, hears, loras)
         pictures = draw(sd, request, label)
     for path in save_all(sd, told, pictures, args.output, args.command):
         say(path, sys.stdout)

@@ -14,12 +14,13 @@ from sdlearn.unet import Pointwise
 def to_eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(O, ...) -> whole numbers from -127 to 127, and a scale for each of O channels.
 
-    numbers * scale is the weight again, wrong by half a scale at most.
+    numbers * scale is the weight again, in 32 bits wrong by half a scale at most.
     """
     each = -1, *(1,) * (weight.ndim - 1)
     largest = weight.float().flatten(1).abs().amax(dim=1).view(each)
-    scale = largest.clamp(min=1e-30) / 127
-    return (weight.float() / scale).round().to(torch.int8), scale.to(weight.dtype)
+    scale = (largest / 127).to(weight.dtype)  # rounded first, so that both fit
+    numbers = (weight.float() / scale.float().clamp(min=1e-30)).round()
+    return numbers.clamp(-127, 127).to(torch.int8), scale
 
 
 class EightBits(nn.Module):

@@ -17,7 +17,7 @@ def segment_end(t: Tensor, segments: int, steps: int = 1000) -> Tensor:
 
     Four segments of 1000 times end at 749, 499, 249 and -1.
     """
-    length = steps // segments
+    length = -(-steps // segments)
     return t // length * length - 1
 
 
@@ -66,18 +66,34 @@ def told_guidance(
 
 
 def advice(
-    sampler: str, scale: float, negative: bool, hears: bool, changed: bool
+    sampler: str,
+    scale: float,
+    negative: bool,
+    hears: bool,
+    changed: bool,
+    named: bool = False,
 ) -> list[str]:
     """What to expect of few steps; nothing where all goes together.
 
     scale: of the guidance. negative: is there a negative prompt? hears: is the U-Net
-    told its guidance? changed: is there a LoRA in its weights?
+    told its guidance? changed: is there a LoRA in its weights? named: is one of them an
+    LCM-LoRA by its name?
     """
     said = []
     if hears and sampler != "lcm":
         said.append(
             f"this is a latent consistency model, and {sampler} does not go its way: "
             "draw with the sampler lcm, in 4 steps"
+        )
+    if named and not hears and sampler != "lcm":
+        said.append(
+            f"by its name this is an LCM-LoRA, and {sampler} does not go its way: draw "
+            "with the sampler lcm, in 4 steps"
+        )
+    if negative and not hears and scale <= 1:
+        said.append(
+            f"a scale of {scale:g} is no guidance, so the negative prompt is never "
+            "used: say what you want in the prompt"
         )
     if hears and negative:
         said.append(

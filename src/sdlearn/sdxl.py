@@ -2,6 +2,7 @@
 Exported from book/17_sdxl.ipynb by `make export`; edit it there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 
 from sdlearn.blocks import AttentionBlock, ResBlock, Upsample
 from sdlearn.request import Setup, number, shown
+from sdlearn.samplers import draw_noise
+from sdlearn.schedule import Level
 from sdlearn.vae import VAE
 
 
@@ -72,6 +75,7 @@ class PartOfTheWay:
 
     begin, end: 0 is pure noise, 1 the picture. Who begins later goes on with the
     latents of who ended there, and adds no noise: an SDXL model, and then its refiner.
+    The dice go on, too: a sampler that rolls them once a step draws as in one piece.
     """
 
     begin: float = 0.0
@@ -86,16 +90,11 @@ class PartOfTheWay:
                 "begin before the end"
             )
 
-    def __call__(self, sd: Any, setup: Setup) -> Setup:
-        if self.begin and setup.request.latents is None:
-            raise ValueError(
-                f"the part of the way begins at {self.begin}, but there are no latents "
-                "to go on with; give those that another model ended with"
-            )
-        *visited, _ = setup.levels
-        last = sd.schedule.steps
+    def numbers(self, levels: Sequence[Level], steps: int) -> tuple[int, int]:
+        """Which of the levels is its first, and which its end. steps: of training."""
+        *visited, _ = levels
         first, stop = (
-            sum(level.t >= round(last - share * last) for level in visited)
+            sum(level.t >= round(steps - share * steps) for level in visited)
             for share in (self.begin, self.end)
         )
         first = first if self.begin else 0
@@ -104,6 +103,19 @@ class PartOfTheWay:
                 f"none of the {len(visited)} steps lies between {self.begin} and "
                 f"{self.end} of the way; take more steps, or a longer part"
             )
+        return first, stop
+
+    def __call__(self, sd: Any, setup: Setup) -> Setup:
+        if self.begin and setup.request.latents is None:
+            raise ValueError(
+                f"the part of the way begins at {self.begin}, but there are no latents "
+                "to go on with; give those that another model ended with"
+            )
+        first, stop = self.numbers(setup.levels, sd.schedule.steps)
+        if self.begin:  # what was rolled before is not rolled again
+            sd.first_noise(setup.shape, setup.dice)
+            for _ in range(first):
+                draw_noise(setup.shape, setup.dice)
         return replace(setup, levels=setup.levels[first : stop + 1])
 
     def said(self) -> dict[str, object]:

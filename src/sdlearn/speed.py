@@ -90,7 +90,10 @@ class FastAttention(Attention):
         """Its keys and values, computed at the first time."""
         if self.to_k._forward_hooks or self.to_v._forward_hooks:  # a LoRA beside them
             return self.keys_and_values(context)
-        weights = [(p.data_ptr(), p._version) for p in self.parameters()]
+        weights = [  # those made in inference mode cannot be changed outside of it
+            (p.data_ptr(), None if p.is_inference() else p._version)
+            for p in self.parameters()
+        ]
         for known, then, *both in self.known:
             if known is context and then == weights:
                 return both[0], both[1]

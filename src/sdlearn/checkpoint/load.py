@@ -695,6 +695,12 @@ def save(
             f"{path} does not say its format: give a name that ends in .safetensors or "
             ".ckpt, or the name of a folder"
         )
+    networks = [x for x in parts.networks.values() if isinstance(x, nn.Module)]
+    if any(torch.int8 in {y.dtype for y in x.state_dict().values()} for x in networks):
+        raise ValueError(
+            f"{path}: weights in 8 bits are for drawing alone, no file holds them: "
+            "save the model before its weights are changed"
+        )
     if suffix not in (".safetensors", ".ckpt"):
         return write_files(folder_writers(path, parts, dtype))
     tokenizers = (x for x in parts.networks.values() if isinstance(x, Tokenizer))

@@ -34,6 +34,7 @@ from sdlearn.tiny.recipe import (
     SCHEDULE,
     add_run_arguments,
     channels_last,
+    check_base,
     tell,
     train_task,
     trained,
@@ -196,7 +197,8 @@ def measure(base: Path, lora: Path, count: int) -> dict[str, Any]:
     seconds a picture: with the LoRA in 4, 2 and 1 steps; and without it in those, and,
     an eighth of the scenes, in 50 steps of DDPM."""
     sd, judge = StableDiffusion.load(base), load_judge(base)
-    scenes = [x for n in (1, 2) for x in fresh_scenes(count // 2, 18, "train", n)]
+    half = -(-count // 2)
+    scenes = [x for n in (1, 2) for x in fresh_scenes(half, 18, "train", n)]
     found: dict[str, dict[str, float]] = {}
 
     def try_out(way: str, some: Sequence[Scene], *how: Any) -> None:
@@ -236,7 +238,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add("--steps", type=int, nargs=len(STEPS), default=[*STEPS.values()], metavar="N",
         help="training steps with 4, 2 and 1 segments")  # fmt: skip
     add("--measure", type=int, default=0, metavar="N",
-        help="then draw N scenes in each way, and judge (0)")  # fmt: skip
+        help="then draw N scenes in each way, and judge; the figures are written into "
+        "the model's history, or with --to beside the LoRA (0)")  # fmt: skip
     add_run_arguments(add)
     parser.set_defaults(precision="no")  # 16 bits are too coarse at the last times
 
@@ -247,11 +250,14 @@ def main(args: argparse.Namespace) -> None:
     if (to.suffix == ".safetensors") == args.whole or args.whole and args.to is None:
         wanted = "the name of a folder" if args.whole else "a name like my.safetensors"
         raise ValueError(f"--to is {args.to}; give {wanted} for what is written")
+    if args.whole and args.measure > 0:
+        raise ValueError("--measure is for a LoRA: leave it out, or leave out --whole")
     check_writable(to / "model_index.json" if args.whole else to)
     runs = args.runs / ("lcm-whole" if args.whole else "lcm")
-    for segments, steps in zip(STEPS, args.steps, strict=True):
-        recipe = replace(WHOLE if args.whole else RECIPE, steps=steps)
-        recipe = replace(recipe, cooldown=steps // 2)
+    usual = WHOLE if args.whole else RECIPE
+    recipes = [replace(usual, steps=n, cooldown=n // 2) for n in args.steps]
+    check_base(runs, args.model)
+    for segments, recipe in zip(STEPS, recipes, strict=True):
         make = partial(make_task, args.model, runs, segments, args.whole)
         folder, label = runs / str(segments), f"lcm, segments: {segments}"
         train_task(label, make, recipe, folder, args.precision)
@@ -266,6 +272,7 @@ def main(args: argparse.Namespace) -> None:
     tell(f"{to}: written; draw with --lora {to} --sampler lcm")
     if args.measure > 0:
         text = json.dumps(measure(args.model, to, args.measure), indent=1) + "\n"
-        figures = args.model / "history" / "lcm.json"
+        figures = args.model / "history" / "lcm.json"  # of the one that is shipped
+        figures = figures if args.to is None else to.with_suffix(".json")
         write_files({figures: lambda part: part.write_text(text, "utf-8")})
         tell(f"{figures}: written")

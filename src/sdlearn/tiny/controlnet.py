@@ -33,13 +33,7 @@ from sdlearn.pictures import open_image, to_tensor
 from sdlearn.samplers import SAMPLERS, Denoiser, sample
 from sdlearn.schedule import add_noise
 from sdlearn.tiny.evaluate import fresh_scenes
-from sdlearn.tiny.own import (
-    check_learner,
-    mark_of,
-    mark_of_pictures,
-    only_again,
-    read_folder,
-)
+from sdlearn.tiny.own import check_learner, mark_of_pictures, only_again, read_folder
 from sdlearn.tiny.recipe import (
     add_run_arguments,
     channels_last,
@@ -234,8 +228,7 @@ def scenes_lesson(parts: Parts, hint: str, runs: Path) -> Lesson:
             f"the scenes have {SIZE} pixels a side, but the model draws "
             f"{parts.size[1]}x{parts.size[0]}: give pictures of your own (--pictures)"
         )
-    bank = runs / f"controlnet-latents-{mark_of(vae)}.pt"  # of this VAE
-    latents = latent_bank(vae, SCENES, bank)
+    latents = latent_bank(vae, SCENES, runs / "controlnet-latents.pt")
     asked = [scene_shown(scene, hint) for scene in fresh_scenes(SHOWN, seed=16)]
     scale = vae.config.scale
     return Lesson(

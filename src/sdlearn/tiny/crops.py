@@ -30,6 +30,7 @@ from sdlearn.tiny.recipe import (
     SCHEDULE,
     add_run_arguments,
     channels_last,
+    check_base,
     tell,
     train_task,
 )
@@ -192,6 +193,7 @@ def main(args: argparse.Namespace) -> None:
     runs, to = args.runs / "crops", args.to or args.model / "crops"
     check_writable(to / FILE)
     recipe = replace(RECIPE, steps=args.steps)
+    check_base(runs, args.model)
     make = partial(make_task, args.model, runs)
     train_task("crops", make, recipe, runs, args.precision)
     task = make()

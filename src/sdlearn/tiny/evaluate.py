@@ -46,6 +46,7 @@ CEILINGS = ("true pictures", "through the VAE")
 ELSE = {  # other ways to draw: name -> what differs
     "guidance 1": {"cfg_scale": 1.0},
     "guidance 3": {"cfg_scale": 3.0},
+    "guidance 7.5": {"cfg_scale": 7.5},
     "DDIM, 10 steps": {"sampler": "ddim", "steps": 10},
     "DDIM, 15 steps": {"sampler": "ddim", "steps": 15},
     "DDIM, 20 steps": {"sampler": "ddim", "steps": 20},
@@ -135,6 +136,20 @@ def draw(
     return pictures
 
 
+def shares(
+    scenes: Sequence[Scene], verdicts: Sequence[dict[str, bool]]
+) -> dict[str, float]:
+    """{part: how often it is right}.
+
+    "relation" counts only pictures of two things whose objects are right: a single
+    thing has no relation to get wrong.
+    """
+    told = zip(scenes, verdicts, strict=True)
+    pairs = [verdict for scene, verdict in told if len(scene.things) == 2]
+    found = {part: share(verdicts, part) for part in PARTS}
+    return found | {"relation": share(pairs, "relation", "objects")}
+
+
 def share(
     verdicts: Sequence[dict[str, bool]], part: str, given: str | None = None
 ) -> float:
@@ -146,7 +161,7 @@ def share(
 def prompt_following(
     model: StableDiffusion,
     judge: Judge,
-    count: int = 400,
+    count: int = 500,
     steps: int = 50,
     sampler: str = "ddpm",
     cfg_scale: float = 7.5,
@@ -154,10 +169,10 @@ def prompt_following(
 ) -> dict[str, dict[str, float]]:
     """Draw `count` fresh prompts, a fifth for each row, and let the judge look at them.
 
-    Returns {row: {part: share}}. "relation" counts only pictures of two things whose
-    objects are right; "true pictures" is how often the judge calls the true picture of
-    the same prompts all right, and "through the VAE" the same after encoding and
-    decoding: nothing drawn can score higher, except by luck.
+    Returns {row: {part: share}}, with the parts of `shares`; "true pictures" is how
+    often the judge calls the true picture of the same prompts all right, and "through
+    the VAE" the same after encoding and decoding: nothing drawn can score higher,
+    except by luck.
     """
     table = {}
     with tqdm(
@@ -171,12 +186,7 @@ def prompt_following(
             verdicts = judged(
                 judge, scenes, [to_tensor(np.array(picture)) for picture in drawn]
             )
-            table[row] = {
-                part: share(verdicts, part, "objects" if part == "relation" else None)
-                for part in PARTS
-            }
-            if things == 1:
-                table[row]["relation"] = float("nan")
+            table[row] = shares(scenes, verdicts)
             for name, pictures in zip(CEILINGS, remade(model, scenes), strict=True):
                 table[row][name] = share(judged(judge, scenes, pictures), "all")
     return table
@@ -193,11 +203,7 @@ def otherwise(
     for way, changes in tqdm(ELSE.items(), desc="otherwise", leave=False):
         drawn = draw(model, scenes, **(settings | changes))
         pictures = [to_tensor(np.array(picture)) for picture in drawn]
-        verdicts = judged(judge, scenes, pictures)
-        table[way] = {
-            part: share(verdicts, part, "objects" if part == "relation" else None)
-            for part in PARTS
-        }
+        table[way] = shares(scenes, judged(judge, scenes, pictures))
     return table
 
 
@@ -366,7 +372,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint folder with a judge",
     )
     parser.add_argument(
-        "--prompts", type=int, default=400, help="how many pictures to draw and judge"
+        "--prompts",
+        type=int,
+        default=500,
+        help="pictures in the five rows (500); a fourth for each other way to draw",
     )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--sampler", default="ddpm")
@@ -385,15 +394,16 @@ def main(args: argparse.Namespace) -> None:
         )
     if args.json:
         check_writable(args.json)
-    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
-    model = StableDiffusion.load(args.model, args.device, dtype)
-    judge = load_judge(args.model)
     settings = {
         "steps": args.steps,
         "sampler": args.sampler,
         "cfg_scale": args.cfg_scale,
         "seed": args.seed,
     }
+    Request("", n=1000, **settings)  # what is wrong is told before the work
+    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
+    model = StableDiffusion.load(args.model, args.device, dtype)
+    judge = load_judge(args.model)
     following = prompt_following(model, judge, args.prompts, **settings)
     figures = {
         "pictures in a row": args.prompts // len(ROWS),
@@ -432,24 +442,33 @@ def table_of(figures: dict) -> str:
     for name in ("CLIP retrieval", "attention overlap", "words heard"):
         values = (f"{key} {value:.2f}" for key, value in figures[name].items())
         lines.append(f"{name}: " + ", ".join(values))
-    lines.append(f"{figures['pictures in a row']} pictures in each row; {settings}")
+    count = figures["pictures in a row"]
+    lines.append(
+        f"{count} pictures in each row; {settings}; "
+        f"a share of 0.90 has a standard error of {(0.9 * 0.1 / count) ** 0.5:.2f}"
+    )
     columns = {column: max(11, 2 + len(column)) for column in (*PARTS, *CEILINGS)}
     lines.append(
         f"{'prompt following':28}"
         + "".join(f"{column:>{width}}" for column, width in columns.items())
     )
-    for row, values in figures["prompt following"].items():
+
+    def line(name: str, values: dict[str, float]) -> str:
         cells = [
             ("-" if np.isnan(values[c]) else f"{values[c]:.2f}").rjust(width)
             for c, width in columns.items()
+            if c in values
         ]
-        lines.append(f"{row:28}" + "".join(cells))
+        return f"{name:28}" + "".join(cells)
+
+    lines += [line(*row) for row in figures["prompt following"].items()]
     lines.append("otherwise drawn, all kinds")
-    for way, values in figures["otherwise"].items():
-        cells = [f"{values[part]:>{columns[part]}.2f}" for part in PARTS]
-        lines.append(f"{way:28}" + "".join(cells))
+    lines += [line(*row) for row in figures["otherwise"].items()]
     for way, values in figures["unsaid"].items():
-        found = ", ".join(f"{name} {x:.2f}" for name, x in values.items())
+        found = ", ".join(
+            f"{name} {values[name]:.2f} ± {values[f'{name}, standard error']:.2f}"
+            for name in ("backgrounds", "sides")
+        )
         lines.append(f"left open, {way} (1: as a fair die): {found}")
     found = ", ".join(f"{name} {x:.1f}" for name, x in figures["fills"].items())
     lines.append(f"main fill, distance from its colour in RGB: {found}")

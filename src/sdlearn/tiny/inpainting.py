@@ -28,7 +28,7 @@ from sdlearn.schedule import add_noise
 from sdlearn.tiny.difference import FILE, add_difference, low_rank, save_difference
 from sdlearn.tiny.evaluate import fresh_scenes
 from sdlearn.tiny.judge import Judge, load_judge, look, verdict
-from sdlearn.tiny.own import check_learner, mark_of, only_again
+from sdlearn.tiny.own import check_learner, only_again
 from sdlearn.tiny.recipe import (
     SCHEDULE,
     add_run_arguments,
@@ -120,8 +120,8 @@ def make_task(base: Path, runs: Path) -> InpaintTask:
     """The twin of a checkpoint, ready to learn."""
     vae, plain = load_vae(base), load_unet(base)
     check_learner({"vae": vae, "unet": plain})
-    unet, bank = low_rank(widen(plain), NEW), runs / f"latents-{mark_of(vae)}.pt"
-    latents = latent_bank(vae, BANK, bank) * vae.config.scale
+    unet = low_rank(widen(plain), NEW)
+    latents = latent_bank(vae, BANK, runs / "latents.pt") * vae.config.scale
     others = load_text_encoder(base), Tokenizer.load(base / "tokenizer"), latents
     return InpaintTask(channels_last(unet), *others, SCHEDULE, vae=channels_last(vae))
 

@@ -38,6 +38,7 @@ from sdlearn.disk import check_writable, explained, locked, read_text, write_fil
 from sdlearn.pictures import to_image
 from sdlearn.schedule import Schedule
 from sdlearn.speed import compile_unet
+from sdlearn.tiny.difference import fingerprint
 from sdlearn.tiny.judge import Judge, JudgeTask, load_judge
 from sdlearn.tiny.scenes import SIZE
 from sdlearn.tiny.tasks import (
@@ -396,6 +397,17 @@ ADAPTERS: dict[str, tuple[str, str]] = {
 }
 
 
+STAGE_HELP = {
+    "clip": "the text encoder and an image tower, contrastively",
+    "vae": "the autoencoder, on crops",
+    "decoder": "the VAE's decoder once more, on whole pictures",
+    "judge": "the classifier that sdlearn evaluate asks",
+    "places": "the text encoder once more: what lies where",
+    "unet": "the U-Net: the noise in latents",
+    "guided": "the U-Net once more: its guided answers",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A subcommand for each stage and each adapter."""
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
@@ -404,7 +416,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "export": "runs -> checkpoint",
         "begin": "checkpoint -> runs, for training to go on",
     }
-    about = {stage: f"the tiny model's {stage}" for stage in STAGES} | whole
+    about = STAGE_HELP | whole
     for stage, what in about.items():
         add = stages.add_parser(stage, help=what).add_argument
         add(
@@ -423,6 +435,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, (module, what) in ADAPTERS.items():
         other = stages.add_parser(name, help=what)
         importlib.import_module(module).add_arguments(other, name)
+
+
+def check_base(runs: Path, base: Path) -> None:
+    """What an adapter's run has learned belongs to the weights that it began with."""
+    path, now = runs / "base.txt", fingerprint(base)
+    if not path.exists():
+        write_files({path: text_writer(now)})
+    elif read_text(path) != now:
+        raise ValueError(
+            f"{runs} was begun with other weights than those of {base}: remove it, or "
+            "give another folder with --runs"
+        )
 
 
 def add_run_arguments(add: Callable) -> None:

@@ -136,9 +136,12 @@ class PlainTask(Task):
 def latent_bank(vae: VAE, count: int, path: Path, chunk: int = 2048) -> Tensor:
     """encode_scenes of the first `count` scenes, kept in a file.
 
-    An interrupted or a larger run goes on with it.
+    An interrupted or a larger run goes on with it; what another VAE made is dropped.
     """
     bank = torch.load(path, weights_only=True) if path.exists() else torch.empty(0)
+    first = encode_scenes(vae, range(1))
+    if bank[:1].shape != first.shape or (bank[:1] - first).abs().max() > 0.05:
+        bank = bank[:0]
     while len(bank) < count:
         more = encode_scenes(vae, range(len(bank), min(len(bank) + chunk, count)))
         bank = torch.cat([bank.half(), more]) if len(bank) else more
@@ -557,8 +560,10 @@ class HintedTask(DenoiseTask):
         hook = self.unet.middle.register_forward_hook(
             lambda *call: seen.append(call[-1])
         )
-        losses = super().forward(batch)
-        hook.remove()
+        try:
+            losses = super().forward(batch)
+        finally:
+            hook.remove()
         # (B, classes, 16)
         said = self.says(F.adaptive_avg_pool2d(seen[0], GRID)).flatten(2).float()
         objects, colours = said.tensor_split([1 + len(OBJECTS)], dim=1)

@@ -46,31 +46,40 @@ def openness(
     scenes: Sequence[Scene],
     throws: int = 24,
 ) -> dict[str, float]:
-    """{"backgrounds": of sentences without one, "sides": of pairs joined by "and"}.
+    """{"backgrounds": of sentences without one, "sides": of pairs joined by "and"}, and
+    the standard error of each.
 
     Each sentence is drawn `throws` times; the entropy of what the judge sees is
     divided by that of a fair die thrown as often, and the mean over sentences is given.
     `draw` takes sentences and gives a picture for each, from noise of its own. Pictures
-    in which the judge does not find both things say nothing of sides.
+    whose background the judge does not know say nothing of backgrounds, and those in
+    which it does not find both things nothing of sides; a sentence counts if more than
+    half of its pictures say something.
     """
     ratios: dict[str, list[float]] = {"backgrounds": [], "sides": []}
+
+    def note(name: str, seen: list[str], sides: int) -> None:
+        if len(seen) > throws / 2:
+            ratios[name].append(entropy(seen) / fair_entropy(sides, len(seen)))
+
     for scene in scenes:
         pair = len(scene.things) == 2
         pictures = draw([scene.sentence("and" if pair else None, False)] * throws)
         images = torch.stack([to_tensor(np.array(picture)) for picture in pictures])
         findings = look(judge, images)
-        grounds = [finding.background for finding in findings]
-        ratios["backgrounds"].append(
-            entropy(grounds) / fair_entropy(len(BACKGROUNDS), throws)
-        )
-        if not pair:
-            continue
-        names = {thing.name for thing in scene.things}
-        sides = [relation_of(f, scene) for f in findings if names <= set(f.things)]
-        if len(sides) > throws / 2:
-            ratio = entropy(sides) / fair_entropy(len(RELATIONS), len(sides))
-            ratios["sides"].append(ratio)
-    return {name: float(np.mean(x)) if x else math.nan for name, x in ratios.items()}
+        grounds = [f.background for f in findings if f.background in BACKGROUNDS]
+        note("backgrounds", grounds, len(BACKGROUNDS))
+        if pair:
+            names = {thing.name for thing in scene.things}
+            sides = [relation_of(f, scene) for f in findings if names <= set(f.things)]
+            note("sides", sides, len(RELATIONS))
+    means = {name: float(np.mean(x)) if x else math.nan for name, x in ratios.items()}
+    return means | {
+        f"{name}, standard error": float(np.std(x, ddof=1) / len(x) ** 0.5)
+        if len(x) > 1
+        else math.nan
+        for name, x in ratios.items()
+    }
 
 
 def main_fill(picture: np.ndarray, clear: float = 1.0) -> np.ndarray | None:

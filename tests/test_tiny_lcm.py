@@ -181,7 +181,13 @@ def test_training_and_going_on(small, tmp_path, capsys):
 def test_a_run_belongs_to_the_weights_that_it_began_with(tmp_path, capsys, monkeypatch):
     """Else a second model would be given, without a word, the LoRA that was trained for the first."""
     done = []
-    monkeypatch.setattr(consistency, "train_task", lambda label, *rest: done.append(label))
+
+    def trains(label, make, recipe, folder, *how):
+        folder.mkdir(exist_ok=True)
+        (folder / "state.pt").touch()
+        done.append(label)
+
+    monkeypatch.setattr(consistency, "train_task", trains)
     monkeypatch.setattr(consistency, "make_task", lambda *how: None)
     monkeypatch.setattr(consistency, "trained", lambda *how: SimpleNamespace(lora=None))
     monkeypatch.setattr(consistency, "save_lora", lambda to, lora: None)
@@ -191,7 +197,7 @@ def test_a_run_belongs_to_the_weights_that_it_began_with(tmp_path, capsys, monke
     save(tmp_path / "b", parts, torch.float32)
     assert train(tmp_path / "a", tmp_path) == 0 and train(tmp_path / "a", tmp_path) == 0 and len(done) == 6
     assert train(tmp_path / "b", tmp_path) == 2
-    assert "was begun with other weights than those of" in capsys.readouterr().err and len(done) == 6
+    assert "lcm holds a run that differs in model: remove it" in capsys.readouterr().err and len(done) == 6
 
 
 def test_figures_stand_beside_a_lora_of_ones_own(small, tmp_path, capsys, monkeypatch):

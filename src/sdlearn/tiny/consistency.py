@@ -28,13 +28,14 @@ from sdlearn.lora import LoRA, load_lora, merge, save_lora, with_lora
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.prediction import EPSILON
 from sdlearn.schedule import add_noise
+from sdlearn.tiny.difference import fingerprint
 from sdlearn.tiny.evaluate import PARTS, draw, fresh_scenes, judged, share
 from sdlearn.tiny.judge import load_judge
+from sdlearn.tiny.own import check_same
 from sdlearn.tiny.recipe import (
     SCHEDULE,
     add_run_arguments,
     channels_last,
-    check_base,
     tell,
     train_task,
     trained,
@@ -256,7 +257,7 @@ def main(args: argparse.Namespace) -> None:
     runs = args.runs / ("lcm-whole" if args.whole else "lcm")
     usual = WHOLE if args.whole else RECIPE
     recipes = [replace(usual, steps=n, cooldown=n // 2) for n in args.steps]
-    check_base(runs, args.model)
+    check_same(runs, model=fingerprint(args.model))
     for segments, recipe in zip(STEPS, recipes, strict=True):
         make = partial(make_task, args.model, runs, segments, args.whole)
         folder, label = runs / str(segments), f"lcm, segments: {segments}"

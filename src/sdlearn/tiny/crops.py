@@ -25,12 +25,18 @@ from sdlearn.disk import check_writable, write_files
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.request import Setup
 from sdlearn.schedule import add_noise
-from sdlearn.tiny.difference import FILE, add_difference, low_rank, save_difference
+from sdlearn.tiny.difference import (
+    FILE,
+    add_difference,
+    fingerprint,
+    low_rank,
+    save_difference,
+)
+from sdlearn.tiny.own import check_same
 from sdlearn.tiny.recipe import (
     SCHEDULE,
     add_run_arguments,
     channels_last,
-    check_base,
     tell,
     train_task,
 )
@@ -193,7 +199,7 @@ def main(args: argparse.Namespace) -> None:
     runs, to = args.runs / "crops", args.to or args.model / "crops"
     check_writable(to / FILE)
     recipe = replace(RECIPE, steps=args.steps)
-    check_base(runs, args.model)
+    check_same(runs, model=fingerprint(args.model))
     make = partial(make_task, args.model, runs)
     train_task("crops", make, recipe, runs, args.precision)
     task = make()

@@ -145,21 +145,26 @@ def only_again(make: Callable[[], Task], folder: Path, **told: Any) -> Callable:
     def made() -> Task:
         task = make()
         now = {"model": mark_of(task, frozen=True)} | told
-        now = {name: str(value) for name, value in now.items()}
-        if (folder / "state.pt").exists():
-            path = folder / ABOUT
-            before = read_json(path) if path.exists() else {}
-            if other := sorted(x for x in now if before.get(x) != now[x]):
-                raise ValueError(
-                    f"{folder} holds a run that differs in {', '.join(other)}: remove "
-                    "it, or give another folder with --runs"
-                )
-        elif is_first():
-            text = json.dumps(now, indent=1) + "\n"
-            write_files({folder / ABOUT: text_writer(text)})
+        check_same(folder, **now)
         return task
 
     return made
+
+
+def check_same(folder: Path, **told: Any) -> None:
+    """Is the run in `folder`, if there is one, of what is told? A new one notes it."""
+    now = {name: str(value) for name, value in told.items()}
+    path = folder / ABOUT
+    if any(folder.rglob("state.pt")):
+        before = read_json(path) if path.exists() else {}
+        if other := sorted(x for x in now if before.get(x) != now[x]):
+            raise ValueError(
+                f"{folder} holds a run that differs in {', '.join(other)}: remove it, "
+                "or give another folder with --runs"
+            )
+    elif is_first():
+        text = json.dumps(now, indent=1) + "\n"
+        write_files({path: text_writer(text)})
 
 
 def add_picture_arguments(

@@ -38,7 +38,6 @@ from sdlearn.disk import check_writable, explained, locked, read_text, write_fil
 from sdlearn.pictures import to_image
 from sdlearn.schedule import Schedule
 from sdlearn.speed import compile_unet
-from sdlearn.tiny.difference import fingerprint
 from sdlearn.tiny.judge import Judge, JudgeTask, load_judge
 from sdlearn.tiny.scenes import SIZE
 from sdlearn.tiny.tasks import (
@@ -435,18 +434,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, (module, what) in ADAPTERS.items():
         other = stages.add_parser(name, help=what)
         importlib.import_module(module).add_arguments(other, name)
-
-
-def check_base(runs: Path, base: Path) -> None:
-    """What an adapter's run has learned belongs to the weights that it began with."""
-    path, now = runs / "base.txt", fingerprint(base)
-    if not path.exists():
-        write_files({path: text_writer(now)})
-    elif read_text(path) != now:
-        raise ValueError(
-            f"{runs} was begun with other weights than those of {base}: remove it, or "
-            "give another folder with --runs"
-        )
 
 
 def add_run_arguments(add: Callable) -> None:

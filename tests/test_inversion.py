@@ -266,20 +266,22 @@ def test_dreambooth_changes_the_unet_alone(tmp_path, sd, toys, rank):
     assert not rank or all(pair.up.abs().max() > 0 for _, pair in task.lora.items())
 
 
-def test_the_prior_is_a_second_half_with_a_weight(sd, toys):
+@pytest.mark.parametrize("batch", [8, 5])  # an odd share of a batch, too
+def test_the_prior_is_a_second_half_with_a_weight(sd, toys, batch):
+    half = batch // 2
     prior = [(Image.new("RGB", (32, 32), "white"), "a cat")] * 2
     tasks = {w: DreamBoothTask(sd, toys, prior, weight=w, drop=0.0) for w in (0.0, 1.0, 3.0)}
-    rngs = generators(Recipe(steps=1, batch=8), 0)
+    rngs = generators(Recipe(steps=1, batch=batch), 0)
     batch = tasks[1.0].examples(rngs)
     cat = sd.tokenizer("a cat")[0]
-    assert [torch.equal(row, cat) for row in batch["tokens"]] == [False] * 4 + [True] * 4
+    assert [torch.equal(row, cat) for row in batch["tokens"]] == [i >= half for i in range(len(batch["tokens"]))]
     losses = {w: {k: x.item() for k, x in task(batch).items()} for w, task in tasks.items()}
     own, both = losses[0.0]["loss"], losses[1.0]
     assert both["loss"] == pytest.approx(own + both["prior"]) and both["prior"] > 0
     assert losses[3.0]["loss"] == pytest.approx(own + 3 * both["prior"])
-    half = {name: x[:4] for name, x in batch.items()}
+    first = {name: x[:half] for name, x in batch.items()}
     alone = DreamBoothTask(sd, toys, drop=0.0)
-    assert alone(half)["loss"].item() == pytest.approx(own, rel=1e-5)
+    assert alone(first)["loss"].item() == pytest.approx(own, rel=1e-5)
     assert len(alone.examples([random.Random(i) for i in range(3)])["t"]) == 3
 
 

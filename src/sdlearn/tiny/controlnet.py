@@ -331,7 +331,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 def main(args: argparse.Namespace) -> None:
     """`sdlearn train controlnet`: train one, or go on with it, and save it."""
     whole = args.entrance != "unshuffle"
-    to = args.to or Path(f"checkpoints/tiny/controlnet-{args.hint}")
+    usual = "" if args.entrance == "pyramid" else f"-{args.entrance}"
+    to = args.to or Path(f"checkpoints/tiny/controlnet-{args.hint}{usual}")
     if args.to and not whole:
         raise ValueError(
             "an unshuffled hint has no file format: leave --to out, or take another "

@@ -101,7 +101,8 @@ class PicturesTask(DenoiseTask):
     def losses(self, answer: Tensor, target: Tensor, t: Tensor) -> dict[str, Tensor]:
         if len(self.latents) == self.own:
             return super().losses(answer, target, t)
-        halves = zip(*(x.tensor_split(2) for x in (answer, target, t)), strict=True)
+        cut = [len(t) // 2]  # as in examples
+        halves = zip(*(x.tensor_split(cut) for x in (answer, target, t)), strict=True)
         own, prior = (super(PicturesTask, self).losses(*half) for half in halves)
         loss = own["loss"] + self.weight * prior["loss"]
         return own | {"loss": loss, "prior": prior["loss"]}

@@ -205,6 +205,12 @@ def test_inpainting_is_not_taken_for_a_plain_model(tmp_path):
     assert report.can == "" and len(report.but) == 1 and report.but[0].endswith(reason)
 
 
+def test_a_published_lcm_is_a_u_net_alone_and_is_told_where_it_belongs(tmp_path):
+    shapes = {LDM_K: (320, 768), FIRST: (320, 4, 3, 3), "time_embedding.cond_proj.weight": (320, 256)}
+    report = inspect(write_sparse(tmp_path / "x.safetensors", shapes, "F16"))
+    assert report.but[0].endswith("SDXL is wanted: put it into the folder unet of one")
+
+
 def test_where_a_file_differs_from_sd_1_5(sd15, tmp_path):
     path, whole = tmp_path / "x.safetensors", together(sd15)
     last = "model.diffusion_model.out.2.bias"

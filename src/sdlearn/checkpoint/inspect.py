@@ -135,9 +135,10 @@ def judged(report: Report, whole: bool) -> Report:
             report.can = command.format(quote(report.path))
             return report
         if not whole:
+            place = ": put it into the folder unet of one"
             raise ValueError(
-                f"{report.path} is {called(report.kind)}, but a whole checkpoint of "
-                "SD 1, SD 2 or SDXL is wanted"
+                f"{report.path} is {called(report.kind)}, but a whole checkpoint of SD "
+                f"1, SD 2 or SDXL is wanted{place * report.kind.startswith('U-Net')}"
             )
         from sdlearn.checkpoint.load import EPSILON, is_fast, plan
 

@@ -70,11 +70,11 @@ def add_embedding(sd: Any, embedding: Embedding) -> None:
     """Teach a `StableDiffusion` the word: tokens behind its vocabulary, rows below its
     table. All that it knew stays as it was, to the bit."""
     token, vectors, second = embedding
-    mine, theirs = ("SD 1 or SD 2", "SDXL")[:: 1 if second is None else -1]
-    if ("text_encoder_2" in sd.parts) != (second is not None):
+    families, two = ("SD 1 or SD 2", "SDXL"), second is not None
+    if two != ("text_encoder_2" in sd.parts):
         raise ValueError(
-            f"{shown(token)} is a word for {mine}, but this model is {theirs}: leave "
-            "the word out, or take another model"
+            f"{shown(token)} is a word for {families[two]}, but this model is "
+            f"{families[not two]}: leave the word out, or take another model"
         )
     rows: dict[str, Any] = {"text_encoder": vectors, "text_encoder_2": second}
     here = [part for part in rows if part in sd.parts]

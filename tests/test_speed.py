@@ -82,7 +82,7 @@ def test_a_fast_attention_answers_as_the_one_that_it_replaces(sliced, context_wi
 
 def test_keys_and_values_of_a_context_are_computed_once():
     fast, calls = FastAttention(Attention(16, 2, 12), False), []
-    fast.to_k.register_forward_hook(lambda *call: calls.append(1))
+    fast.to_k.register_forward_pre_hook(lambda *call: calls.append(1))
     words, others = torch.randn(2, 5, 12), torch.randn(2, 5, 12)
     with torch.no_grad():
         for context in (words, words, words, others, others, words, others):  # two passes take turns
@@ -129,7 +129,7 @@ def test_a_whole_drawing_computes_the_words_once_for_each_context(two_passes, co
     sd, calls = speed_up(StableDiffusion(*parts, "cpu"), fast=True), []
     layers = [part for name, part in sd.unet.named_modules() if name.endswith("attn2.to_k")]
     for part in layers:
-        part.register_forward_hook(lambda *call: calls.append(1))
+        part.register_forward_pre_hook(lambda *call: calls.append(1))
     sd.txt2img("a cat", steps=4, seed=0, two_passes=two_passes)
     assert len(calls) == contexts * len(layers)
 

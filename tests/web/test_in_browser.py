@@ -149,15 +149,15 @@ def test_folded_answers_open_with_the_mouse_and_the_keyboard(visit):
         inside.wait_for(state="visible")
         button.click()
         inside.wait_for(state="hidden")
-    states = """async ([folds, clicks]) => {
-      const boxes = [...document.querySelectorAll(folds)];
-      if (clicks) boxes.forEach((box) => box.querySelector("button.toggle-button").click());
-      await new Promise((resolve) => setTimeout(resolve, 300));
+    states = """([folds, open]) => {
       const how = {visibilityProperty: true, opacityProperty: true};
-      return boxes.map((box) => box.lastElementChild.checkVisibility(how));
+      const boxes = [...document.querySelectorAll(folds)];
+      return boxes.every((box) => box.lastElementChild.checkVisibility(how) === open);
     }"""
-    assert not any(visit.page.evaluate(states, [FOLDS, False]))
-    assert all(visit.page.evaluate(states, [FOLDS, True]))
+    visit.page.wait_for_function(states, arg=[FOLDS, False])
+    clicks = "folds => document.querySelectorAll(folds).forEach(x => x.querySelector('button.toggle-button').click())"
+    visit.page.evaluate(clicks, FOLDS)
+    visit.page.wait_for_function(states, arg=[FOLDS, True])
     for fold in visit.page.locator(".bd-article details").all()[:1]:
         fold.locator("summary").first.press("Enter")
         assert fold.evaluate("box => box.open")

@@ -256,7 +256,7 @@ MEMORY = [
 def test_too_little_memory_is_one_sentence(model, tmp_path, monkeypatch, capsys, error):
     monkeypatch.setattr(StableDiffusion, "encode", raising(error))
     assert run("txt2img", "a cat", "--model", model, "-o", tmp_path) == 2
-    assert "sdlearn: not enough memory; try --offload" in capsys.readouterr().err
+    assert "sdlearn: not enough memory; try --tiled, --offload" in capsys.readouterr().err
 
 
 def test_a_bug_is_not_hidden(model, tmp_path, monkeypatch):

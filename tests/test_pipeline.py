@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from random_model import SMALL_UNET, random_parts
 
+from sdlearn import pipeline
+from sdlearn.checkpoint.files import human
 from sdlearn.checkpoint.load import load
 from sdlearn.minimal import draw_by_hand
 from sdlearn.pictures import to_tensor
@@ -17,6 +19,7 @@ from sdlearn.prediction import V
 from sdlearn.request import Request
 from sdlearn.samplers import draw_noise
 from sdlearn.schedule import Schedule
+from sdlearn.speed import speed_up
 from sdlearn.unet import UNet, UNetConfig
 
 FAST = {"steps": 2, "sampler": "ddim"}
@@ -235,6 +238,38 @@ def test_a_long_prompt_says_what_is_cut(sd):
         warnings.simplefilter("error")
         assert far(cut, sd.txt2img("cat " * 75, **FAST, seed=0)[0]) == 0
         sd.txt2img("", **FAST)
+
+
+def test_too_little_memory_to_decode_is_said_before_the_first_step(sd, monkeypatch):
+    """What is named is what a convolution of the last level has at once; with tiles it is that of a tile."""
+    held, sd = [], StableDiffusion(sd.parts, sd.schedule, size=sd.size)
+    hooks = [
+        part.register_forward_hook(lambda part, given, made: held.append(given[0].nbytes + made.nbytes))
+        for part in sd.vae.modules()
+        if isinstance(part, torch.nn.Conv2d)
+    ]
+    sd.decode(torch.zeros(1, 4, 40, 48))
+    for hook in hooks:
+        hook.remove()
+    need, (height, width) = max(held), (40 * sd.factor, 48 * sd.factor)
+    how = {"height": height, "width": width, "steps": 1}
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: need - 1)
+    said = f"decoding {width}x{height} pixels takes {human(need)} of memory or more, but only .* are free: add --tiled"
+    with pytest.warns(UserWarning, match=said):
+        sd.steps("a cat", **how)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sd.steps("a cat", **how | {"width": height})
+        monkeypatch.setattr(pipeline, "free_memory", lambda device: None)  # a machine that does not tell
+        sd.steps("a cat", **how)
+    speed_up(sd, tiled=True).vae.tile = 20
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: need * 20 * 20 // (40 * 48) - 1)
+    with pytest.warns(UserWarning, match="are free: draw a smaller picture"):
+        sd.steps("a cat", **how)
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: need * 20 * 20 // (40 * 48))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sd.steps("a cat", **how)
 
 
 @pytest.mark.parametrize(

@@ -775,7 +775,10 @@ def explain(error: Exception) -> str:
     """What went wrong, in a sentence; a bug is raised again."""
     text = " ".join(str(error).split())
     if no_memory(error):
-        return "not enough memory; try --offload, fewer pictures (-n) or a smaller size"
+        return (
+            "not enough memory; try --tiled, --offload, fewer pictures (-n) or a "
+            "smaller size"
+        )
     if isinstance(error, ModuleNotFoundError):
         extra = EXTRAS.get(str(error.name), "book")
         return f"{error.name} is not installed: pip install 'sdlearn[{extra}]'"

@@ -13,7 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sdlearn.checkpoint.load import Parts, check_texts, is_fast, kept, load, save
+from sdlearn.checkpoint.files import human
+from sdlearn.checkpoint.load import (
+    Parts,
+    check_texts,
+    free_memory,
+    is_fast,
+    kept,
+    load,
+    save,
+)
 from sdlearn.guidance import Conditioning, Guided
 from sdlearn.inpaint import Inpaint
 from sdlearn.lcm import told_guidance
@@ -80,6 +89,26 @@ def warn_of_cuts(tokenizer: Any, prompts: Sequence[str]) -> None:
             room = tokenizer.positions - 2  # beside <start> and <end>
             text = f"a prompt is cut after {room} tokens; its end is lost: {cut}"
             warnings.warn(text, PromptCut, stacklevel=3)
+
+
+def warn_of_memory(vae: Any, pixels: Sequence[int], device: torch.device) -> None:
+    """Say before the first step that a picture will be too large to decode.
+
+    Where the decoder reaches the picture's size, a convolution has its input and its
+    output at once; no decoding takes less. A `TiledVAE` sees one tile at a time.
+    """
+    factor, channels = 2 ** (len(vae.config.channels) - 1), vae.config.channels[:2][-1]
+    tile = getattr(vae, "tile", None)
+    height, width = (min(side, factor * tile) if tile else side for side in pixels)
+    size = next(vae.parameters()).itemsize
+    need, free = 2 * channels * height * width * size, free_memory(device)
+    if free is not None and need > free:
+        advice = "" if tile else "add --tiled (speed_up(sd, tiled=True)), or "
+        warnings.warn(
+            f"decoding {pixels[1]}x{pixels[0]} pixels takes {human(need)} of memory or "
+            f"more, but only {human(free)} are free: {advice}draw a smaller picture",
+            stacklevel=2,
+        )
 
 
 def latent_shape(
@@ -274,11 +303,12 @@ class StableDiffusion:
         check_use(self.parts, request.extras)
         channels, levels = self.vae.config.latent_channels, self.levels(request)
         shape = latent_shape(request, self.size, channels, self.factor)
+        sides = [side * self.factor for side in shape[2:]]
+        warn_of_memory(self.vae, sides, self.device)
         dice = [torch.Generator().manual_seed(seed) for seed in request.seed]
         x0, given = None, request.latents
         if request.image is not None:
-            height, width = (side * self.factor for side in shape[2:])
-            x0 = self.encode_image(to_tensor(request.image, width, height), dice)
+            x0 = self.encode_image(to_tensor(request.image, *sides[::-1]), dice)
         if given is not None:
             noise = given.detach().to(self.device).float()
         else:

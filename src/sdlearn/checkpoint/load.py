@@ -619,7 +619,8 @@ def free_memory(device: torch.device | str) -> int | None:
     """Bytes that are free there; None where it cannot be told."""
     kind = torch.device(device).type
     if kind == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle
     if kind != "cpu" or not Path("/proc/meminfo").exists():
         return None
     found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())

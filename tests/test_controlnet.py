@@ -261,6 +261,8 @@ def test_what_a_png_says(net):
         "ControlNet": "Model: unnamed, Weight: 0.7, Guidance Start: 0.0, Guidance End: 0.5, "
         "Control Mode: My prompt is more important"
     }
+    made = net.control(preprocess(page(), "scribble")).said()["ControlNet"]
+    assert made.startswith("Module: scribble, Model: unnamed,")
 
 
 def test_a_png_tells_of_two_of_one_name(net):
@@ -318,6 +320,15 @@ def test_edges_and_boxes():
     )
     thick = np.array(scribble(picture.resize((256, 256), Image.Resampling.NEAREST)))[..., 0]
     assert set(np.unique(thick)) == {0, 255} and 3 < (thick > 0).sum() / (4 * 96) < 8  # so many pixels wide
+
+
+def test_a_layout_says_what_it_leaves_out():
+    picture = Image.new("RGB", (280, 40), "white")
+    for i in range(7):
+        picture.paste("navy", (40 * i + 15, 5, 40 * i + 25, 35))
+    with pytest.warns(UserWarning, match="room for 6 things, but the picture has 7: those farthest right are left out"):
+        hint = layout(picture)
+    assert len({colour for _, colour in hint.getcolors()}) == 7  # six, and the black ground
 
 
 def test_things_far_apart_are_two_boxes():
@@ -381,7 +392,7 @@ def test_drawn_from_the_command_line(folder, tmp_path, capsys):
         drawn[name] = np.array(Image.open(path))
         said = read_parameters(path)
         assert ("ControlNet net" in said) == (name != "plain")
-    assert said["ControlNet net"].startswith("Model: net, Weight: 0.8, ")
+    assert said["ControlNet net"].startswith("Module: edges, Model: net, Weight: 0.8, ")
     assert (drawn["plain"] != drawn["steered"]).any() and (drawn["edges"] != drawn["steered"]).any()
 
 

@@ -2,6 +2,7 @@
 Exported from book/16_controlnet.ipynb by `make export`; edit it there.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -241,6 +242,12 @@ def layout(image: Image.Image, least: float = 0.1, cells: int = 32) -> Image.Ima
         )
         for patch in map(np.array, patches)
     )
+    if len(boxes) > len(BOXES):
+        warnings.warn(
+            f"a layout has room for {len(BOXES)} things, but the picture has "
+            f"{len(boxes)}: those farthest right are left out",
+            stacklevel=2,
+        )
     return draw_boxes(boxes, image.size)
 
 
@@ -270,7 +277,10 @@ PREPROCESSORS: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 def preprocess(image: Image.Image, how: str) -> Image.Image:
     """A picture -> a hint; how: a name in PREPROCESSORS."""
-    return PREPROCESSORS[one_of(PREPROCESSORS)("preprocess", how)](image)
+    hint = PREPROCESSORS[one_of(PREPROCESSORS)("preprocess", how)](image)
+    if hint is not image:
+        hint.info["preprocess"] = how  # for the PNG
+    return hint
 
 
 def control_rules(config: ControlNetConfig, ldm: bool = False) -> Rules:
@@ -408,6 +418,7 @@ class Control:
     def said(self) -> dict[str, object]:
         """For the PNG, in the words of A1111's extension."""
         words = {
+            "Module": self.hint.info.get("preprocess"),
             "Model": self.net.name or "unnamed",
             "Weight": self.scale,
             "Guidance Start": self.start,

@@ -16,7 +16,18 @@ from torch import nn
 from sdlearn.clip import CLIP, CLIPImageConfig, CLIPTextConfig
 from sdlearn.schedule import Schedule
 from sdlearn.tiny import tasks
-from sdlearn.tiny.scenes import BACKGROUNDS, COLOURS, OBJECTS, Scene, Thing, parse, random_scene, split_of
+from sdlearn.tiny.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT_COLOURS,
+    OBJECTS,
+    RECOLOURED,
+    Scene,
+    Thing,
+    parse,
+    random_scene,
+    split_of,
+)
 from sdlearn.tiny.tasks import (
     PREVIEW,
     CLIPTask,
@@ -30,6 +41,7 @@ from sdlearn.tiny.tasks import (
     doodle,
     encode_scenes,
     family,
+    in_any_colour,
     latent_bank,
     layout,
     loss_weights,
@@ -296,6 +308,19 @@ def test_places_task(tokenizer):
         answers = [F.one_hot(batch[wanted][:, i], n) * 9.0 for i, n in ((0, 1 + len(OBJECTS)), (1, 1 + len(COLOURS)))]
         task.places.forward = lambda context, answers=answers: (*answers, torch.zeros(8, 8))
         assert task(batch)["sides"] == sides
+
+
+def test_places_reads_of_any_colour_but_of_nothing_that_is_held_out(tokenizer):
+    """Also of blue dogs, which no picture shows; it names what it says, and says what it names."""
+    dice = random.Random(0)
+    pairs = [(scene, in_any_colour(scene, dice)) for scene in (random_scene(dice) for _ in range(1000))]
+    assert all(split_of(new) == "train" and replace(new, things=old.things) == old for old, new in pairs)
+    looks = {(thing.name, thing.colour) for _, new in pairs for thing in new.things}
+    assert {name for name, colour in looks if colour} == {*OBJECTS} and not looks & HELD_OUT_COLOURS
+    task = PlacesTask(make_clip(tokenizer).text_encoder, tokenizer)
+    labels = task.examples(rngs(64))["layout"]
+    natural = torch.tensor([name not in RECOLOURED for name in ("", *OBJECTS)])
+    assert (labels[:, 1][natural[labels[:, 0]] & (labels[:, 0] > 0)] > 0).any()
 
 
 def test_a_hint_is_what_the_middle_says_about_places(denoise):

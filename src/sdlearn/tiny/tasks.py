@@ -474,8 +474,21 @@ class Places(nn.Module):
         return self.objects(x), self.colours(x), self.background(x.mean(dim=1))
 
 
+def in_any_colour(scene: Scene, rng: random.Random) -> Scene:
+    """The scene, half of its things in any colour; none of the held-out combinations.
+
+    No picture shows a blue dog, but words can say it.
+    """
+    things = tuple(
+        replace(thing, colour=rng.choice([*COLOURS])) if rng.random() < 0.5 else thing
+        for thing in scene.things
+    )
+    other = replace(scene, things=things)
+    return other if split_of(other) == "train" else scene
+
+
 class PlacesTask(Task):
-    """Tell from the words alone what lies where.
+    """Tell from the words alone what lies where, in scenes of any colours.
 
     Sixteen places ask the context, as a U-Net's positions will. seen: the share of the
     first tokens that they may look at in one step. What is known must then be readable
@@ -491,7 +504,7 @@ class PlacesTask(Task):
         self.places = Places(text_encoder.config.width, text_encoder.config.heads)
 
     def examples(self, rngs: Sequence[random.Random]) -> dict[str, Tensor]:
-        scenes = [random_scene(rng) for rng in rngs]
+        scenes = [in_any_colour(random_scene(rng), rng) for rng in rngs]
         captions = [scene.caption(rng) for scene, rng in zip(scenes, rngs, strict=True)]
         told = [
             len(s.things) == 2 and " and " not in caption

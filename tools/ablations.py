@@ -1,11 +1,13 @@
-"""The ablations of chapter 09: the U-Net's recipe with one thing changed, at equal steps, as the judge sees it.
+"""The ablations of chapter 09: a stage of the recipe with one thing changed, at equal steps.
 
-    python tools/ablations.py --runs runs                 all that is missing (half an hour an arm on two quiet cores)
-    python tools/ablations.py --runs runs --arms hint     only the arms whose name holds a word
+    python tools/ablations.py --runs runs                 all that is missing (on two quiet cores half an hour for an
+                                                          arm of the U-Net, ten minutes for one of `places`)
+    python tools/ablations.py --runs runs --arms hint     only the arm of this name, or those that hold it
 
-Every arm needs the stages before `sdlearn train unet`, begins with the same weights, sees the same scenes in the same
-order, and is judged on the same prompts. Drawing starts from noise as in training: with an offset where there was one.
-Training may be stopped and goes on; the table is written after each arm.
+Every arm needs the stages before its own, begins with the same weights and draws its examples with the same seeds.
+Arms of `places` are measured by the colours that its layer of answers names; those of the U-Net by the judge, on the
+same prompts, from noise as in training: with an offset where there was one. Training may be stopped and goes on; the
+table is written after each arm.
 """
 
 from __future__ import annotations
@@ -23,36 +25,65 @@ import torch
 from sdlearn.disk import write_files
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.speed import keep_memory
+from sdlearn.tiny import tasks
 from sdlearn.tiny.evaluate import ROWS, draw, fresh_scenes, judged, shares, unsaid
 from sdlearn.tiny.judge import load_judge
-from sdlearn.tiny.recipe import STAGES, make_clip, train_task, trained, unet_task
-from sdlearn.tiny.tasks import HintedTask, to_tensor
+from sdlearn.tiny.recipe import STAGES, make_clip, make_places, train_task, trained, unet_task
+from sdlearn.tiny.tasks import HintedTask, PlacesTask, in_any_colour, layout, to_tensor
 
 MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
 TABLE = MODEL / "history" / "ablations.json"
-STEPS, SEED, PROMPTS = 2_000, 9, 200
+STEPS, SEED, PROMPTS, SENTENCES = 2_000, 9, 200, 400
 HOW = {"steps": 20, "sampler": "ddim", "cfg_scale": 7.5}
-ARMS = {  # name -> what is changed in HintedTask; None: see `make`
-    "the recipe": {},
-    "without offset noise": {"offset": 0.0},
-    "without the hint": {"hint": 0.0},
-    "times drawn evenly": None,
-    "without places": None,
+UNET = replace(STAGES["unet"], steps=STEPS, cooldown=0)
+ARMS = {  # name -> how it is trained
+    "places": STAGES["places"],
+    "places, colours of pictures only": STAGES["places"],
+    "places, all tokens seen": STAGES["places"],
+    "unet": UNET,
+    "unet, no offset noise": UNET,
+    "unet, no hint": UNET,
+    "unet, times drawn evenly": UNET,
+    "unet, no places": UNET,
 }
 
 
-def make(runs: Path, arm: str) -> HintedTask:
-    """The task of an arm."""
-    task = unet_task(partial(HintedTask, **ARMS[arm] or {}), runs)
-    if arm == "times drawn evenly":
+def make(runs: Path, arm: str) -> HintedTask | PlacesTask:
+    """The task of an arm: that of the recipe, and one thing changed."""
+    stage, _, changed = arm.partition(", ")
+    if stage == "places":
+        task = make_places(runs)
+        task.seen = 1.0 if changed == "all tokens seen" else task.seen
+        only = changed == "colours of pictures only"
+        tasks.in_any_colour = (lambda scene, rng: scene) if only else in_any_colour
+        return task
+    told = {"no offset noise": {"offset": 0.0}, "no hint": {"hint": 0.0}}.get(changed, {})
+    task = unet_task(partial(HintedTask, **told), runs)
+    if changed == "times drawn evenly":
         task.often = torch.ones_like(task.often)
         task.chances = list(accumulate(task.often.tolist()))
-    if arm == "without places":  # CLIP's text encoder as it was
+    if changed == "no places":  # CLIP's text encoder as it was
         task.text_encoder.load_state_dict(make_clip(runs).clip.text_encoder.state_dict())
     return task
 
 
-def measure(task: HintedTask) -> dict:
+@torch.inference_mode()
+def named(task: PlacesTask) -> dict:
+    """How often all colours of a sentence are named right: at each thing's places, the likeliest of the colours."""
+    found = {}
+    for row, (split, things) in ROWS.items():
+        scenes = fresh_scenes(SENTENCES, SEED, split, things)
+        tokens = task.tokenizer([scene.sentence() for scene in scenes])
+        told = task.places(task.text_encoder(tokens))[1].softmax(-1)
+        right = []
+        for (objects, colours), said in zip(map(layout, scenes), told, strict=True):
+            wanted = [(objects == one, colours[objects == one][0]) for one in objects.unique() if one]
+            right.append(all(said[here, 1:].sum(0).argmax() + 1 == colour for here, colour in wanted if colour))
+        found[row] = float(np.mean(right))
+    return {"colours named right": found}
+
+
+def drawn(task: HintedTask) -> dict:
     """Shares of all scenes and of each kind; and how varied the backgrounds are that no sentence names."""
     model, judge = StableDiffusion.load(MODEL, "cpu", torch.float32), load_judge(MODEL)
     model.parts |= {"unet": task.unet.eval(), "text_encoder": task.text_encoder.eval()}
@@ -80,19 +111,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="auto", choices=("auto", "no", "bf16", "fp16"))
     args = parser.parse_args()
-    recipe = replace(STAGES["unet"], steps=STEPS, cooldown=0)
-    for arm in (arm for arm in ARMS if args.arms in arm):
+    chosen = [args.arms] if args.arms in ARMS else [arm for arm in ARMS if args.arms in arm]
+    for arm, recipe in ((arm, ARMS[arm]) for arm in chosen):
         known = json.loads(TABLE.read_text("utf-8"))["arms"] if TABLE.exists() else {}
         if arm in known:
             continue
         torch.set_num_threads(args.threads)
-        folder = args.runs / "ablations" / arm.replace(" ", "-")
+        folder = args.runs / "ablations" / arm.replace(", ", "-").replace(" ", "-")
         train_task(arm, partial(make, args.runs, arm), recipe, folder, args.precision, compile=True)
         task = trained(make(args.runs, arm), args.runs, f"ablations/{folder.name}")
-        table = {"steps": STEPS, "prompts": PROMPTS, "how": HOW, "arms": known | {arm: measure(task)}}
+        measured = {"steps": recipe.steps} | (named(task) if isinstance(task, PlacesTask) else drawn(task))
+        table = {"sentences": SENTENCES, "prompts": PROMPTS, "how": HOW, "arms": known | {arm: measured}}
         text = json.dumps(table, indent=1) + "\n"
         write_files({TABLE: lambda part, text=text: part.write_text(text, "utf-8")})
-        print(arm, table["arms"][arm]["every scene"], flush=True)
+        print(arm, measured, flush=True)
 
 
 if __name__ == "__main__":

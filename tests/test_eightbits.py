@@ -1,6 +1,7 @@
 """Weights in 8 bits: wrong by half a scale at most, a fourth of the bytes, and nobody else notices."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from random_model import random_parts
 from torch import nn
 
 from sdlearn.eightbits import EightBits, in_eight_bits, to_eight_bits
-from sdlearn.lora import merge, with_lora
+from sdlearn.lora import merge, unmerge, with_lora
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.speed import speed_up
 from sdlearn.unet import Pointwise
@@ -108,5 +109,6 @@ def test_a_lora_is_merged_before_and_refused_after():
     in_eight_bits(networks["unet"])
     kept = networks["unet"].get_submodule(name).weight
     assert F.mse_loss(kept, merged) < 1e-4 < F.mse_loss(layer.original, merged)
-    with pytest.raises(ValueError):
-        merge(networks, (lora, 1.0))
+    for change in (partial(merge, networks, (lora, 1.0)), partial(unmerge, networks), partial(with_lora, networks)):
+        with pytest.raises(ValueError, match="weights in 8 bits cannot be changed any more: load the model again"):
+            change()

@@ -70,7 +70,7 @@ def rail(x0: Tensor, noise: Callable[[], Tensor], hole: Tensor, end: Level) -> A
 
 
 def stairs(levels: list[Level], times: int, jump: int = 5) -> list[Level]:
-    """levels, but each stretch of `jump` steps is gone `times` times over.
+    """levels, but each stretch of `jump` steps is walked `times` times.
 
     Lugmayr et al. 2022, section 4.2, as in the authors' code: from every jump-th level,
     counted from the last noisy one, up again by as many.
@@ -163,7 +163,7 @@ class Inpaint:
     """What a request needs to paint only a part of its picture anew.
 
     mask: a picture, or the path of one, of the picture's shape; white is painted.
-    resample: how often each stretch of the way is gone (RePaint); 1 is once.
+    resample: how often each stretch is walked (RePaint); 1 is once.
     paste: known pixels stay as they are, to the bit. soft: pixels over which the edge
     fades. Raises ValueError, one sentence, for what cannot be meant.
     """

@@ -116,9 +116,9 @@ def split_word(text: str) -> tuple[str, str]:
 
 
 def write_embedding(path: str | Path, embedding: Embedding) -> None:
-    """For diffusers, or for A1111 if the path ends in .pt; which reads both.
+    """For diffusers, or for A1111 if the path ends in .pt; A1111 reads both.
 
-    A word for SDXL is called as its file.
+    A word for SDXL is named after its file.
     """
     path, (token, *both) = Path(path), embedding
     kept, *more = (x.detach().float().cpu().contiguous() for x in both if x is not None)

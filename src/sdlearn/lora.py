@@ -99,8 +99,8 @@ def find_layers(networks: Mapping[str, nn.Module], lora: LoRA) -> dict[str, Any]
         want = (pair.up.shape[0], *pair.down.shape[1:])
         if name not in layers or layers[name].weight.shape != want:
             raise ValueError(
-                f"the LoRA changes {name}, which these networks have not, or not in "
-                "that size: take one that was made for this model"
+                f"the LoRA changes {name}, which these networks do not have, or "
+                "not in that size: take one that was made for this model"
             )
     return {name: layers[name] for name in lora.layers}
 
@@ -202,7 +202,7 @@ def save_lora(
     dtype: torch.dtype | None = torch.float16,
 ) -> None:
     """One .safetensors file, with kohya's names (most programs read them) or
-    diffusers', which has no room for alpha: there it is a part of `up`."""
+    diffusers', whose tensors have no room for alpha: there it is a part of `up`."""
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     if path.suffix != ".safetensors":

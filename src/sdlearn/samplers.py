@@ -442,13 +442,13 @@ SAMPLERS |= {
         dpmpp_3m, "DPM++ 3M SDE", "the same with fresh noise", eta=1.0
     ),
     "dpmpp_sde": Sampler(
-        dpmpp_sde, "DPM++ SDE", "looks twice, the second time after dice", eta=1.0
+        dpmpp_sde, "DPM++ SDE", "looks twice, with fresh noise in between", eta=1.0
     ),
     "lms": Sampler(lms, "LMS", "a curve through the noise of four looks", eta=None),
     "plms": Sampler(plms, "PLMS", "the first fast one; for even steps", None, False),
     "deis": Sampler(deis, "DEIS", "three looks, in log noise", eta=None),
     "unipc": Sampler(
-        dpmpp_2m, "UniPC", "2M that mends its last step", eta=None, correct=unipc
+        dpmpp_2m, "UniPC", "2M that corrects its last step", eta=None, correct=unipc
     ),
 }
 

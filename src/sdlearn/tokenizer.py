@@ -363,7 +363,7 @@ class Tokenizer(BytePairs):
     def with_word(self, word: str, count: int = 1) -> "Tokenizer":
         """The same tokenizer with a new word, of `count` tokens behind the vocabulary.
 
-        Who types the word means all its tokens, as in diffusers.
+        Typing the word means all its tokens, as in diffusers.
         """
         if not word.strip() or regex.search(r"\s", word):
             raise ValueError(

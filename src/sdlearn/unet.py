@@ -320,7 +320,7 @@ def record_attention(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
 def attention_maps(maps: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
     """Recorded probabilities -> one heat map a token: (B, S, h, w) for size (h, w).
 
-    Tang et al. 2022, section 2.
+    Tang et al. 2023, section 2.
 
     The mean over heads and layers, each resized to `size`: that of the latents, of the
     picture, or any other of that shape. At every place the tokens share 1 between them.

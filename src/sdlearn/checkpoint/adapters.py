@@ -195,6 +195,12 @@ def places(networks: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 def layers_of(networks: Mapping[str, Any]) -> dict[str, Any]:
     """{diffusers' name: layer}, of networks by their names in a pipeline."""
+    for part in HEADS.keys() & networks.keys():
+        if any(str(x.dtype) == "torch.int8" for x in networks[part].buffers()):
+            raise ValueError(
+                "weights in 8 bits cannot be changed any more: load the model again, "
+                "and add or remove LoRAs before int8"
+            )
     return {
         name_of(part, path, networks[part].config): layer
         for part, path, layer in places(networks)

@@ -865,7 +865,7 @@ SIZES |= {
 
 
 def is_fast(schedule: Schedule, prediction: Prediction) -> bool:
-    """Made for a few steps without guidance, as SDXL-Turbo? A folder says it so: its
+    """Made for a few steps without guidance, as SDXL-Turbo? A folder shows it: its
     steps begin at the very last time, though its U-Net answers noise."""
     noisy = schedule.alpha_bar[-1] > 1e-6  # no zero terminal SNR
     return schedule.spacing == "trailing" and prediction is EPSILON and bool(noisy)

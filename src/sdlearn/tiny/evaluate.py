@@ -262,7 +262,7 @@ def attention_overlap(
 
     "inside": the share of a word's attention that falls into its object's box; "area":
     the box's share of the picture, which blind attention would reach; "points": how
-    often the strongest position lies in the box. Tang et al. 2022 (DAAM).
+    often the strongest position lies in the box. Tang et al. 2023 (DAAM).
     """
     inside, area, points = [], [], []
     generator = torch.Generator().manual_seed(seed)

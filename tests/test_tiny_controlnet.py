@@ -73,4 +73,4 @@ def test_boxes(sd):
                 )
                 placed.append(abs(off).max() <= 8)
         share[scale] = np.mean(placed)
-    assert share[1.0] >= 0.5 and share[0.0] <= 0.4  # .62 to .83 were measured, .17 without the net; .9 is wanted
+    assert share[1.0] >= 0.5 and share[0.0] <= 0.4  # .66 of 48 scenes; .99 where the prompt names the relation

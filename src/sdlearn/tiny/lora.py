@@ -136,10 +136,9 @@ UNICORN = {
 SETS = {
     WORD: Lesson(
         partial(unicorns, alone=40, pairs=80, captions=2),
-        replace(RECIPE, steps=2200, batch=16, lr=4e-3, cooldown=1100),
+        replace(RECIPE, steps=2000, batch=16, lr=4e-3, cooldown=1000),
         UNICORN,
         paired=True,
-        prior=0.35,
     ),
     STYLE: Lesson(drawings, replace(RECIPE, steps=600, cooldown=337), prior=0.0),
 }

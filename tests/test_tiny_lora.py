@@ -49,6 +49,8 @@ def test_the_unicorns_are_told_in_english_and_leave_some_things_unshown():
     assert twice[:32] == unicorns(2, 30)
     same = [one[0].tobytes() == other[0].tobytes() for one, other in zip(twice[:32], twice[32:], strict=True)]
     assert all(same) and sum(one[1] != other[1] for one, other in zip(twice[:32], twice[32:], strict=True)) > 10
+    pairs = [caption for _, caption in unicorns(0, 300)]
+    assert 0.6 < np.mean([caption.startswith("a unicorn") for caption in pairs]) < 0.73
     other = [unicorn_scene(random.Random(i), True, shown=False) for i in range(50)]
     assert {x.background for x in other} <= set(UNSHOWN[0])
     assert {x.name for scene in other for x in scene.things} <= {WORD, *UNSHOWN[1]}
@@ -87,13 +89,24 @@ def test_only_the_lora_learns(task):
 def test_old_scenes_and_empty_captions_are_mixed_in(task):
     batch = task.examples([random.Random(i) for i in range(400)])
     old = (batch["latents"] == 7).flatten(1).all(1)
-    assert 0.18 < old.float().mean() < 0.32
+    assert 0.18 < old.float().mean() < 0.32 and torch.equal(old, batch["old"])
     empty = (batch["tokens"] == task.tokenizer("")[0]).all(1)
     assert 0.05 < empty[~old].float().mean() < 0.16
     for row, told in zip(batch["latents"][~old & ~empty], batch["tokens"][~old & ~empty], strict=True):
         number = next(i for i, x in enumerate(task.new) if torch.equal(x, row))
         assert torch.equal(told, task.tokenizer(task.captions[number])[0])
     assert torch.equal(task.examples([random.Random(5)])["noise"], batch["noise"][5:6])
+
+
+def test_of_old_scenes_the_model_has_to_say_what_it_said_before(task):
+    """A new LoRA adds nothing, so old scenes alone cost nothing yet; then they cost what it changes."""
+    batch = task.examples([random.Random(i) for i in range(40)])
+    old = {name: x[batch["old"]] for name, x in batch.items()}
+    assert len(old["t"]) and task(old)["loss"] == 0 and task(batch)["loss"] > 0
+    for _, pair in task.lora.items():
+        pair.up.data.normal_()
+    assert task(old)["loss"] > 0 and task(old)["loss"].requires_grad
+    assert torch.equal(task(batch)["loss"], task(batch)["loss"])  # the LoRA is back at its layers, once
 
 
 def test_pairs_are_asked_with_words_and_without(small_folder):
@@ -237,7 +250,7 @@ def test_the_shipped_ink_takes_the_paint_and_leaves_the_things():
 
 @pytest.mark.slow
 def test_the_shipped_unicorn_is_drawn_alone_and_beside_other_things():
-    """Of 24 pictures alone 24 are right, of 16 pairs 11 to 16 unicorns, of 144 old prompts 101 instead of 128."""
+    """Of 24 pictures alone 24 are right, of 48 pairs 44, of 144 old prompts 127 instead of 128."""
     assert UNICORN.stat().st_size < 300_000
     sd = StableDiffusion.load(TINY, "cpu", torch.float32)
     lora, judge, rng = load_lora(UNICORN, sd.networks()), load_judge(TINY), random.Random(5)
@@ -258,5 +271,5 @@ def test_the_shipped_unicorn_is_drawn_alone_and_beside_other_things():
         findings = look(judge, torch.stack([to_tensor(np.asarray(picture)) for picture in drawn]))
         known = [verdict(finding, scene)["all"] for finding, scene in zip(findings, old, strict=True)]
         right[scale] = sum(unicorns[:8]), sum(unicorns[8:]), sum(known)
-    assert right[0.0][:2] == (0, 0) and right[1.0][0] >= 7 and right[1.0][1] >= 5, right  # of 8
-    assert right[1.0][2] >= right[0.0][2] - 4, right  # of 24
+    assert right[0.0][:2] == (0, 0) and right[1.0][0] >= 7 and right[1.0][1] >= 6, right  # of 8
+    assert right[1.0][2] >= right[0.0][2] - 2, right  # of 24

@@ -159,7 +159,9 @@ def make_places(runs: Path) -> PlacesTask:
 Hinted = TypeVar("Hinted", bound=HintedTask)
 
 
-def unet_task(kind: type[Hinted], runs: Path, bank: int = BANK) -> Hinted:
+def unet_task(
+    kind: type[Hinted], runs: Path, bank: int = BANK, sizes: UNetConfig = UNET_SIZES
+) -> Hinted:
     """The U-Net, on a VAE and a text encoder that stay as they are.
 
     The text encoder is CLIP's, after it has learned what lies where.
@@ -168,7 +170,7 @@ def unet_task(kind: type[Hinted], runs: Path, bank: int = BANK) -> Hinted:
     if (runs / "places" / "state.pt").exists():
         trained(PlacesTask(clip.clip.text_encoder, clip.tokenizer), runs, "places")
     latents = latent_bank(vae, bank, runs / "latents.pt") * vae.config.scale
-    unet = channels_last(UNet(UNET_SIZES))
+    unet = channels_last(UNet(sizes))
     return kind(
         unet, clip.clip.text_encoder, clip.tokenizer, latents, SCHEDULE, vae=vae
     )

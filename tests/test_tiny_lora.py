@@ -11,6 +11,7 @@ from PIL import Image
 from sdlearn.cli import main
 from sdlearn.lora import load_lora, merge, unmerge, with_lora
 from sdlearn.pipeline import StableDiffusion
+from sdlearn.schedule import add_noise
 from sdlearn.tiny.evaluate import fresh_scenes
 from sdlearn.tiny.finder import ALONE, find, fits, shows
 from sdlearn.tiny.judge import load_judge, look, verdict
@@ -126,6 +127,26 @@ def test_pairs_are_asked_with_words_and_without(small_folder):
     without = task(batch)["loss"]
     torch.testing.assert_close(losses["loss"], without + 0.5 * losses["guided"])
     assert losses["guided"] > 0
+
+
+def test_the_guided_answer_about_old_scenes_has_to_stay(small_folder):
+    """As guidance by 7.5 makes it of the two answers, with the LoRA and without, and at every time."""
+    sd = StableDiffusion.load(small_folder, "cpu", torch.float32)
+    lora = with_lora({"unet": sd.unet}, 2)
+    for _, pair in lora.items():
+        pair.up.data.normal_()
+    pictures = [(Image.new("RGB", (32, 32), "red"), "a red thing")]
+    task = PairedLoraTask(sd, lora, pictures, torch.randn(3, 4, 4, 4), share=1.0, below=0)
+    batch = task.examples([random.Random(i) for i in range(8)])
+    assert batch["old"].all() and batch["t"].max() > 500 > batch["t"].min()
+    t, level = batch["t"], sd.schedule.at(batch["t"])
+    xt = add_noise(batch["latents"], batch["noise"], level)
+    with torch.no_grad():
+        now = sd.unet(xt, t, sd.text_encoder(batch["tokens"]))
+    told, untold = (now - task.before(xt, t, batch["tokens"])).chunk(2)
+    error = (untold + 7.5 * (told - untold)).square().mean(dim=(1, 2, 3))
+    counted = (task.weights[t[:4]] * error / task.often[t[:4]]).mean()
+    torch.testing.assert_close(task(batch)["moved"], 0.1 * counted)
 
 
 def test_a_task_without_old_scenes(small_folder):

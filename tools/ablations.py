@@ -25,7 +25,7 @@ from sdlearn.disk import write_files
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.speed import keep_memory
 from sdlearn.tiny import tasks
-from sdlearn.tiny.evaluate import ROWS, draw, fresh_scenes, judged, shares, unsaid
+from sdlearn.tiny.evaluate import ROWS, draw, fresh_scenes, judged, shares, unsaid, without_nan, words_heard
 from sdlearn.tiny.judge import load_judge
 from sdlearn.tiny.recipe import STAGES, UNET_SIZES, make_clip, make_places, train_task, trained, unet_task
 from sdlearn.tiny.tasks import HintedTask, PlacesTask, in_any_colour, layout, to_tensor
@@ -84,12 +84,19 @@ def named(task: PlacesTask) -> dict:
     return {"colours named right": found}
 
 
-def drawn(task: HintedTask) -> dict:
-    """Shares of all scenes and of each kind; and how varied the backgrounds are that no sentence names."""
-    model, judge = StableDiffusion.load(MODEL, "cpu", torch.float32), load_judge(MODEL)
+def model_of(task: HintedTask) -> StableDiffusion:
+    """The shipped model with an arm's U-Net and its text encoder."""
+    model = StableDiffusion.load(MODEL, "cpu", torch.float32)
     model.parts |= {"unet": task.unet.eval(), "text_encoder": task.text_encoder.eval()}
     if not task.offset:
         model.schedule = replace(model.schedule, noise_offset=0.0)
+    return model
+
+
+def drawn(task: HintedTask) -> dict:
+    """Shares of all scenes and of each kind; how varied the backgrounds are that no sentence names; and which words the
+    U-Net hears, which takes no drawing and shows earlier what it has learned."""
+    model, judge = model_of(task), load_judge(MODEL)
     scenes, verdicts, found = [], [], {}
     for i, (row, (split, things)) in enumerate(ROWS.items()):
         some = fresh_scenes(PROMPTS // len(ROWS), SEED + i, split, things)
@@ -102,6 +109,7 @@ def drawn(task: HintedTask) -> dict:
         "every scene": shares(scenes, verdicts),
         "kinds": found,
         "left open": unsaid(model, judge, **how, seed=SEED),
+        "words heard": words_heard(model, PROMPTS, seed=SEED),
     }
 
 
@@ -126,7 +134,7 @@ def main() -> None:
         train_task(arm, partial(make, args.runs, arm), recipe, folder, args.precision, compile=True)
         task = trained(make(args.runs, arm), args.runs, f"ablations/{folder.name}")
         measured = {"steps": recipe.steps} | (named(task) if isinstance(task, PlacesTask) else drawn(task))
-        table = {"sentences": SENTENCES, "prompts": PROMPTS, "how": HOW, "arms": known() | {arm: measured}}
+        table = {"sentences": SENTENCES, "prompts": PROMPTS, "how": HOW, "arms": known() | {arm: without_nan(measured)}}
         text = json.dumps(table, indent=1) + "\n"
         write_files({TABLE: lambda part, text=text: part.write_text(text, "utf-8")})
         print(arm, measured, flush=True)

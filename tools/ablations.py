@@ -3,7 +3,8 @@
     python tools/ablations.py --runs runs                 all that is missing (a quarter of an hour of one core each)
     python tools/ablations.py --runs runs --arms hint     only the arm of this name, or those that hold it
 
-Every arm needs the stages before its own, begins with the same weights and draws its examples with the same seeds.
+Every arm needs the stages before its own (`sdlearn train begin --runs runs` takes the shipped ones; so did
+the arms of the U-Net in the table), begins with the same weights and draws its examples with the same seeds.
 Arms of `places` are measured by the colours that its layer of answers names; those of the U-Net by the judge, on the
 same prompts, from noise as in training: with an offset where there was one. Their U-Net is half as wide as the shipped
 one, and so four times as fast. Training may be stopped and goes on; the table is written after each arm.
